@@ -43,3 +43,33 @@ export { decodePage, encodePage, type KvPageValues, type QuantizedGroup, quantiz
 export type { DecodePlan, DecodeRow, PrefillChunk, PrefillPlan, SealPlan, SealWindow } from "./kv-steps.ts";
 export { buildRopeTable, type RopeScaling, type RopeTableOptions, ropeFrequencies } from "./rope-table.ts";
 // --- end kv
+
+// Dense layers.
+export { type BoundEmbedding, createEmbedding, type Embedding, type EmbeddingBuffers } from "./embedding.ts";
+export { dequantizeGgml, GGML_TYPES, type GgmlType, ggmlBlock, ggmlByteLength } from "./ggml-quants.ts";
+export { floatToHalf, halfToFloat } from "./half.ts";
+export { cachedKernel } from "./kernel-cache.ts";
+export { type BoundLinear, createLinear, type Linear, type LinearBuffers, type LinearDescriptor } from "./linear.ts";
+export {
+  createLinearWeight,
+  type LinearWeight,
+  type LinearWeightDescriptor,
+  LinearWeightMixError,
+  type LinearWeightPart,
+  LinearWeightSizeError,
+} from "./linear-weight.ts";
+export { type BoundRmsNorm, createRmsNorm, type RmsNorm, type RmsNormBuffers } from "./rms-norm.ts";
+export {
+  type BoundSampler,
+  createSampler,
+  readSampleResult,
+  SAMPLE_PARAMETER_BYTES,
+  SAMPLE_RESULT_BYTES,
+  type SampleParameters,
+  type SampleResult,
+  type Sampler,
+  type SamplerBuffers,
+  writeSampleParameters,
+} from "./sample.ts";
+export { type BoundSiluMul, createSiluMul, type SiluMul, type SiluMulBuffers } from "./silu-mul.ts";
+export type { WeightFormat } from "./weight-encoding.ts";

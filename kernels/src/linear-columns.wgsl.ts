@@ -1,0 +1,148 @@
+/**
+ * Linear layer for CPU drivers, weights in layout `columns` ([word][output]).
+ *
+ * A thread owns `tileRows` rows × `tileColumns` outputs and walks K in order; lanes own neighbouring outputs. There is no
+ * workgroup memory and no barrier: inputs are the same for all lanes of a workgroup, so the driver loads them once, and
+ * each decoded weight is used for every row of the tile. Every output sees the same operations in the same order whatever
+ * the tile, so the tile may follow the number of rows.
+ */
+import { codeWordsPerGroup, scaleWordsPerGroup, type WeightEncoding } from "./weight-encoding.ts";
+
+export interface ColumnsTile {
+  /** Threads of a workgroup, along N. */
+  readonly lanes: number;
+  readonly tileRows: number;
+  readonly tileColumns: number;
+}
+
+function range(count: number): number[] {
+  return Array.from({ length: count }, (_, index) => index);
+}
+
+/** `vec4f` expressions of the weights that code word `word` holds. */
+function unpack(encoding: WeightEncoding, word: string): string[] {
+  const bytes = (shifts: readonly number[]) =>
+    `vec4f(vec4i(${shifts.map((shift) => `i32((${word} >> ${shift}u) & 15u)`).join(", ")}))`;
+  switch (encoding.format) {
+    case "q4":
+      return [bytes([0, 8, 16, 24]), bytes([4, 12, 20, 28])];
+    case "q8":
+      return [`vec4f(vec4i(${[24, 16, 8, 0].map((s) => `(bitcast<i32>(${word} << ${s}u) >> 24u)`).join(", ")}))`];
+    default:
+      throw new RangeError(`${encoding.format} has no packed codes`);
+  }
+}
+
+/** Statements that set `w{j}_{v}` (vec4f v of output j) from the words of step `i` of group `g`. */
+function loadWeights(encoding: WeightEncoding, j: number): string {
+  const at = (word: string) => `codes[(${word}) * n + n${j}]`;
+  switch (encoding.format) {
+    case "f32": {
+      const words = range(4).map((k) => `bitcast<f32>(${at(`g * 4u + ${k}u`)})`);
+      return `let w${j}_0 = vec4f(${words.join(", ")});`;
+    }
+    case "f16":
+      return `let w${j}_0 = vec4f(unpack2x16float(${at("g * 2u")}), unpack2x16float(${at("g * 2u + 1u")}));`;
+    case "bf16":
+      return `let c${j} = vec2u(${at("g * 2u")}, ${at("g * 2u + 1u")});
+      let w${j}_0 = bitcast<vec4f>(vec4u(c${j}.x << 16u, c${j}.x & 0xffff0000u, c${j}.y << 16u, c${j}.y & 0xffff0000u));`;
+    default: {
+      const codes = unpack(encoding, `c${j}`);
+      const affine = encoding.scales === "scale32" ? `* s${j}` : `* s${j} + z${j}`;
+      return [
+        `let c${j} = ${at(`g * ${codeWordsPerGroup(encoding)}u + i`)};`,
+        ...codes.map((code, v) => `let w${j}_${v} = ${code} ${affine};`),
+      ].join("\n      ");
+    }
+  }
+}
+
+function loadScales(encoding: WeightEncoding, j: number): string {
+  const words = scaleWordsPerGroup(encoding);
+  const at = (word: number) => `scales[(g * ${words}u + ${word}u) * n + n${j}]`;
+  switch (encoding.scales) {
+    case "none":
+      return "";
+    case "scale32":
+      return `let s${j} = bitcast<f32>(${at(0)});`;
+    case "pair16":
+      return `let p${j} = unpack2x16float(${at(0)}); let s${j} = p${j}.x; let z${j} = p${j}.y;`;
+    case "pair32":
+      return `let s${j} = bitcast<f32>(${at(0)}); let z${j} = bitcast<f32>(${at(1)});`;
+  }
+}
+
+/** vec4 of the input that vec4 `v` of step `i` meets, counted from the start of group `g`. */
+function inputVector(encoding: WeightEncoding, v: number): string {
+  return encoding.format === "q4" ? `g * 8u + i + ${v * 4}u` : `g * ${encoding.group / 4}u + i`;
+}
+
+/** Steps (code words, or vec4s of float weights) of one group. */
+function stepsPerGroup(encoding: WeightEncoding): number {
+  return encoding.scales === "none" ? 1 : codeWordsPerGroup(encoding);
+}
+
+export const LINEAR_IMMEDIATE_BYTES = 32;
+
+/** Immediates that every linear kernel takes. */
+export const LINEAR_PARAMETERS = `
+struct Parameters { rows: u32, n: u32, k: u32, outputStride: u32, outputOffset: u32, firstRow: u32, pad0: u32, pad1: u32 }
+var<immediate> parameters: Parameters;
+`;
+
+/** WGSL of the kernel; grid: x tiles of outputs, y tiles of rows. */
+export function linearColumnsWgsl(encoding: WeightEncoding, tile: ColumnsTile, accumulate: boolean): string {
+  const { lanes, tileRows, tileColumns } = tile;
+  const rows = range(tileRows);
+  const columns = range(tileColumns);
+  const vectors = range(encoding.format === "q4" ? 2 : 1);
+  const steps = stepsPerGroup(encoding);
+  const multiply = rows.flatMap((m) => [
+    ...vectors.map((v) => `let x${m}_${v} = input[row${m} + ${inputVector(encoding, v)}];`),
+    ...columns.map(
+      (j) =>
+        `a${m}_${j} = ${vectors.reduce(
+          (sum, v) => ["x", "y", "z", "w"].reduce((s, c) => `(${s} + w${j}_${v}.${c} * x${m}_${v}.${c})`, sum),
+          `a${m}_${j}`,
+        )};`,
+    ),
+  ]);
+  return `requires immediate_address_space;
+${LINEAR_PARAMETERS}
+@group(0) @binding(0) var<storage, read> input: array<vec4f>;
+@group(0) @binding(1) var<storage, read> codes: array<u32>;
+@group(0) @binding(2) var<storage, read> scales: array<u32>;
+@group(0) @binding(3) var<storage, read_write> output: array<f32>;
+
+@compute @workgroup_size(${lanes})
+fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) lane: u32) {
+  let n = parameters.n;
+  let groups = parameters.k / ${encoding.group}u;
+  let firstRow = group.y * ${tileRows}u + parameters.firstRow;
+  let firstColumn = group.x * ${lanes * tileColumns}u + lane;
+  ${rows.map((m) => `let row${m} = min(firstRow + ${m}u, parameters.rows - 1u) * (parameters.k / 4u);`).join("\n  ")}
+  ${columns.map((j) => `let n${j} = min(firstColumn + ${j * lanes}u, n - 1u);`).join("\n  ")}
+  ${rows.flatMap((m) => columns.map((j) => `var a${m}_${j} = 0.0;`)).join(" ")}
+  for (var g = 0u; g < groups; g++) {
+    ${columns.map((j) => loadScales(encoding, j)).join("\n    ")}
+    for (var i = 0u; i < ${steps}u; i++) {
+      ${columns.map((j) => loadWeights(encoding, j)).join("\n      ")}
+      ${multiply.join("\n      ")}
+    }
+  }
+  ${rows
+    .map(
+      (m) => `if (firstRow + ${m}u < parameters.rows) {
+    let at = (firstRow + ${m}u) * parameters.outputStride + parameters.outputOffset;
+    ${columns
+      .map((j) => {
+        const place = `output[at + n${j}]`;
+        return `if (firstColumn + ${j * lanes}u < n) { ${place} = ${accumulate ? `${place} + ` : ""}a${m}_${j}; }`;
+      })
+      .join("\n    ")}
+  }`,
+    )
+    .join("\n  ")}
+}
+`;
+}

@@ -1,0 +1,102 @@
+/**
+ * Linear layer: output[r][n] = Σ_k input[r][k] · weight[n][k], f32 accumulation.
+ *
+ * What a row gets depends on that row, N and K alone: never on the other rows of the dispatch nor on its place.
+ */
+import type { Gpu } from "./device.ts";
+import type { Kernel } from "./kernel.ts";
+import { cachedKernel } from "./kernel-cache.ts";
+import { LINEAR_IMMEDIATE_BYTES } from "./linear-columns.wgsl.ts";
+import { type LinearVariant, linearVariants } from "./linear-variant.ts";
+import type { LinearWeight } from "./linear-weight.ts";
+
+export interface LinearDescriptor {
+  readonly weight: LinearWeight;
+  /** Rows of a phase always take that phase's kernel. */
+  readonly phase: "prefill" | "decode";
+  /** Most rows of one `encode`. */
+  readonly maxRows: number;
+  /** output += result, instead of output = result. */
+  readonly accumulate: boolean;
+}
+
+export interface LinearBuffers {
+  /** f32 [rows][K]. */
+  readonly input: GPUBuffer;
+  /** f32 [rows][outputStride]. */
+  readonly output: GPUBuffer;
+  /** Elements from one output row to the next; default N. */
+  readonly outputStride?: number;
+  /** Elements before the first output of a row; default 0. */
+  readonly outputOffset?: number;
+}
+
+export interface BoundLinear {
+  /** @throws RangeError unless 1 ≤ rows ≤ maxRows. */
+  encode(pass: GPUComputePassEncoder, rows: number): void;
+}
+
+export interface Linear {
+  bind(buffers: LinearBuffers): BoundLinear;
+}
+
+interface CompiledVariant {
+  readonly variant: LinearVariant;
+  readonly kernel: Kernel;
+}
+
+/**
+ * Compiles (or reuses) the kernels of one linear layer.
+ * @throws RangeError for `maxRows` outside 1 … 65535 or a weight laid out for another profile.
+ */
+export async function createLinear(gpu: Gpu, descriptor: LinearDescriptor): Promise<Linear> {
+  const { weight, phase, maxRows, accumulate } = descriptor;
+  if (!Number.isInteger(maxRows) || maxRows < 1 || maxRows > 65535) {
+    throw new RangeError(`${weight.label}: maxRows ${maxRows}, must be 1 … 65535`);
+  }
+  const variants = linearVariants(gpu, weight, phase, maxRows, accumulate);
+  const compiled = await Promise.all(
+    variants.map(async (variant): Promise<CompiledVariant> => {
+      const kernel = await cachedKernel(gpu, {
+        label: variant.label,
+        code: variant.code,
+        bindings: ["read", "read", "read", "read_write"],
+        immediateBytes: LINEAR_IMMEDIATE_BYTES,
+      });
+      return { variant, kernel };
+    }),
+  );
+  return { bind: (buffers) => bindLinear(weight, maxRows, compiled, buffers) };
+}
+
+function bindLinear(
+  weight: LinearWeight,
+  maxRows: number,
+  compiled: readonly CompiledVariant[],
+  buffers: LinearBuffers,
+): BoundLinear {
+  const { outputStride = weight.rows, outputOffset = 0 } = buffers;
+  if (outputOffset < 0 || outputOffset + weight.rows > outputStride) {
+    throw new RangeError(
+      `${weight.label}: outputs ${outputOffset} … ${outputOffset + weight.rows} do not fit a row of ${outputStride}`,
+    );
+  }
+  const bound = compiled.map(({ variant, kernel }) => ({
+    variant,
+    kernel: kernel.bind([buffers.input, weight.codes, weight.scales, buffers.output]),
+  }));
+  const immediates = new Uint32Array(LINEAR_IMMEDIATE_BYTES / 4);
+  immediates.set([0, weight.rows, weight.columns, outputStride, outputOffset]);
+  return {
+    encode(pass, rows) {
+      if (!Number.isInteger(rows) || rows < 1 || rows > maxRows) {
+        throw new RangeError(`${weight.label}: ${rows} rows, must be 1 … ${maxRows}`);
+      }
+      immediates[0] = rows;
+      // Variants are ordered by tile height; the last one takes all that is larger.
+      const chosen = bound.find(({ variant }) => rows <= variant.rowsUpTo) ?? bound[bound.length - 1];
+      if (chosen === undefined) throw new Error(`${weight.label}: no kernel variant`);
+      chosen.kernel.encode(pass, immediates, chosen.variant.grid(rows));
+    },
+  };
+}

@@ -1,0 +1,118 @@
+/**
+ * Sampling on the GPU: greedy, or temperature → top-k → top-p → draw.
+ *
+ * Random numbers are a hash of (seed, position): the same on every device, and independent of the batch.
+ */
+import { createStorage } from "./buffers.ts";
+import type { Gpu } from "./device.ts";
+import { cachedKernel } from "./kernel-cache.ts";
+import { SAMPLE_PARTIAL_BYTES, SAMPLE_SLICES, samplePickWgsl, sampleScanWgsl } from "./sample.wgsl.ts";
+
+/** Bytes of one row's parameters; see `writeSampleParameters`. */
+export const SAMPLE_PARAMETER_BYTES = 32;
+/** Bytes of one row's result: token u32, logprob f32, nonFinite u32, reserved. */
+export const SAMPLE_RESULT_BYTES = 16;
+
+export interface SampleParameters {
+  /** 0 = greedy; ties go to the lowest index. */
+  readonly temperature: number;
+  /** Keep the k most likely tokens; 0 = all. Among equal logits the lowest indices are kept. */
+  readonly topK: number;
+  /** Then keep the fewest tokens whose probabilities reach topP; 1 = all. */
+  readonly topP: number;
+  /** 64 bits, as two u32. */
+  readonly seedLow: number;
+  readonly seedHigh: number;
+  /** Position of the token that is drawn. */
+  readonly position: number;
+}
+
+/** Writes one row's parameters into a host copy of the parameter buffer. */
+export function writeSampleParameters(view: DataView, row: number, parameters: SampleParameters): void {
+  const at = row * SAMPLE_PARAMETER_BYTES;
+  view.setFloat32(at, parameters.temperature, true);
+  view.setUint32(at + 4, parameters.topK, true);
+  view.setFloat32(at + 8, parameters.topP, true);
+  view.setUint32(at + 12, parameters.seedLow, true);
+  view.setUint32(at + 16, parameters.seedHigh, true);
+  view.setUint32(at + 20, parameters.position, true);
+  view.setUint32(at + 24, 0, true);
+  view.setUint32(at + 28, 0, true);
+}
+
+export interface SampleResult {
+  readonly token: number;
+  /** Of the token, under the softmax of the unmodified logits. */
+  readonly logprob: number;
+  /** A logit was NaN or infinite. */
+  readonly nonFinite: boolean;
+}
+
+/** Reads one row's result from a host copy of the output buffer. */
+export function readSampleResult(view: DataView, row: number): SampleResult {
+  const at = row * SAMPLE_RESULT_BYTES;
+  return {
+    token: view.getUint32(at, true),
+    logprob: view.getFloat32(at + 4, true),
+    nonFinite: view.getUint32(at + 8, true) !== 0,
+  };
+}
+
+export interface SamplerBuffers {
+  /** f32 [rows][vocabulary]. */
+  readonly logits: GPUBuffer;
+  /** [rows] of 32 bytes. */
+  readonly parameters: GPUBuffer;
+  /** [rows] of 16 bytes. */
+  readonly output: GPUBuffer;
+}
+
+export interface BoundSampler {
+  /** @throws RangeError unless 1 ≤ rows ≤ maxRows. */
+  encode(pass: GPUComputePassEncoder, rows: number): void;
+}
+
+export interface Sampler {
+  bind(buffers: SamplerBuffers): BoundSampler;
+}
+
+export interface SamplerDescriptor {
+  readonly vocabulary: number;
+  readonly maxRows: number;
+}
+
+/** @throws RangeError for an empty vocabulary or `maxRows` outside 1 … 65535. */
+export async function createSampler(gpu: Gpu, { vocabulary, maxRows }: SamplerDescriptor): Promise<Sampler> {
+  if (!Number.isInteger(vocabulary) || vocabulary < 1) throw new RangeError(`sampler: vocabulary ${vocabulary}`);
+  if (!Number.isInteger(maxRows) || maxRows < 1 || maxRows > 65535) {
+    throw new RangeError(`sampler: maxRows ${maxRows}, must be 1 … 65535`);
+  }
+  const [scan, pick] = await Promise.all([
+    cachedKernel(gpu, {
+      label: `sample scan ${vocabulary}`,
+      code: sampleScanWgsl(vocabulary),
+      bindings: ["read", "read_write"],
+    }),
+    cachedKernel(gpu, {
+      label: `sample pick ${vocabulary}`,
+      code: samplePickWgsl(vocabulary),
+      bindings: ["read", "read", "read", "read_write"],
+    }),
+  ]);
+  const partials = createStorage(gpu, "sample partials", maxRows * SAMPLE_SLICES * SAMPLE_PARTIAL_BYTES);
+  return {
+    bind({ logits, parameters, output }) {
+      const boundScan = scan.bind([logits, partials]);
+      const boundPick = pick.bind([logits, partials, parameters, output]);
+      return {
+        encode(pass, rows) {
+          if (!Number.isInteger(rows) || rows < 1 || rows > maxRows) {
+            throw new RangeError(`sampler: ${rows} rows, must be 1 … ${maxRows}`);
+          }
+          boundScan.encode(pass, undefined, [SAMPLE_SLICES, rows]);
+          boundPick.encode(pass, undefined, [rows]);
+        },
+      };
+    },
+  };
+}
