@@ -6,6 +6,7 @@
  * each decoded weight is used for every row of the tile. Every output sees the same operations in the same order whatever
  * the tile, so the tile may follow the number of rows.
  */
+import { LINEAR_PARAMETERS } from "./linear-parameters.wgsl.ts";
 import { codeWordsPerGroup, scaleWordsPerGroup, type WeightEncoding } from "./weight-encoding.ts";
 
 export interface ColumnsTile {
@@ -82,14 +83,6 @@ function stepsPerGroup(encoding: WeightEncoding): number {
   return encoding.scales === "none" ? 1 : codeWordsPerGroup(encoding);
 }
 
-export const LINEAR_IMMEDIATE_BYTES = 32;
-
-/** Immediates that every linear kernel takes. */
-export const LINEAR_PARAMETERS = `
-struct Parameters { rows: u32, n: u32, k: u32, outputStride: u32, outputOffset: u32, firstRow: u32, pad0: u32, pad1: u32 }
-var<immediate> parameters: Parameters;
-`;
-
 /** WGSL of the kernel; grid: x tiles of outputs, y tiles of rows. */
 export function linearColumnsWgsl(encoding: WeightEncoding, tile: ColumnsTile, accumulate: boolean): string {
   const { lanes, tileRows, tileColumns } = tile;
@@ -118,7 +111,7 @@ ${LINEAR_PARAMETERS}
 fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) lane: u32) {
   let n = parameters.n;
   let groups = parameters.k / ${encoding.group}u;
-  let firstRow = group.y * ${tileRows}u + parameters.firstRow;
+  let firstRow = group.y * ${tileRows}u;
   let firstColumn = group.x * ${lanes * tileColumns}u + lane;
   ${rows.map((m) => `let row${m} = min(firstRow + ${m}u, parameters.rows - 1u) * (parameters.k / 4u);`).join("\n  ")}
   ${columns.map((j) => `let n${j} = min(firstColumn + ${j * lanes}u, n - 1u);`).join("\n  ")}

@@ -1,6 +1,7 @@
 /** Which linear kernels a device gets: tile shapes per profile and phase. All variants of one phase give equal bits. */
 import type { Gpu } from "./device.ts";
 import { type ColumnsTile, linearColumnsWgsl } from "./linear-columns.wgsl.ts";
+import { linearRowsDecodeWgsl, linearRowsPrefillWgsl, ROWS_PREFILL_TILE } from "./linear-rows.wgsl.ts";
 import type { LinearWeight } from "./linear-weight.ts";
 
 export interface LinearVariant {
@@ -13,7 +14,7 @@ export interface LinearVariant {
 
 const COLUMN_TILES: readonly { readonly rowsUpTo: number; readonly tile: ColumnsTile }[] = [
   { rowsUpTo: 1, tile: { lanes: 8, tileRows: 1, tileColumns: 4 } },
-  { rowsUpTo: Number.POSITIVE_INFINITY, tile: { lanes: 8, tileRows: 8, tileColumns: 2 } },
+  { rowsUpTo: Number.POSITIVE_INFINITY, tile: { lanes: 8, tileRows: 8, tileColumns: 4 } },
 ];
 
 function columnsVariants(weight: LinearWeight, maxRows: number, accumulate: boolean): LinearVariant[] {
@@ -27,16 +28,42 @@ function columnsVariants(weight: LinearWeight, maxRows: number, accumulate: bool
   }));
 }
 
+const DECODE_ROWS: readonly number[] = [1, 4];
+const DECODE_OUTPUTS = 4;
+
+function rowsDecodeVariants(gpu: Gpu, weight: LinearWeight, maxRows: number, accumulate: boolean): LinearVariant[] {
+  const { encoding } = weight;
+  return DECODE_ROWS.slice(0, maxRows > 1 ? 2 : 1).map((rows) => ({
+    label: `linear decode ${encoding.format} ${encoding.scales} ${encoding.group} x${rows}`,
+    code: linearRowsDecodeWgsl(encoding, { outputs: DECODE_OUTPUTS, rows }, accumulate, gpu.features.subgroups),
+    rowsUpTo: rows,
+    grid: (count) => [Math.ceil(weight.rows / DECODE_OUTPUTS), Math.ceil(count / rows)],
+  }));
+}
+
+function rowsPrefillVariant(weight: LinearWeight, accumulate: boolean): LinearVariant {
+  const { encoding } = weight;
+  return {
+    label: `linear prefill ${encoding.format} ${encoding.scales} ${encoding.group}`,
+    code: linearRowsPrefillWgsl(encoding, accumulate),
+    rowsUpTo: Number.POSITIVE_INFINITY,
+    grid: (count) => [Math.ceil(weight.rows / ROWS_PREFILL_TILE), Math.ceil(count / ROWS_PREFILL_TILE)],
+  };
+}
+
 /** Variants in the order of `rowsUpTo`; at least one. */
 export function linearVariants(
   gpu: Gpu,
   weight: LinearWeight,
-  _phase: "prefill" | "decode",
+  phase: "prefill" | "decode",
   maxRows: number,
   accumulate: boolean,
 ): readonly LinearVariant[] {
   if ((gpu.profile === "software") !== (weight.layout === "columns")) {
     throw new RangeError(`${weight.label}: layout ${weight.layout} does not belong to profile ${gpu.profile}`);
   }
-  return columnsVariants(weight, maxRows, accumulate);
+  if (weight.layout === "columns") return columnsVariants(weight, maxRows, accumulate);
+  return phase === "prefill"
+    ? [rowsPrefillVariant(weight, accumulate)]
+    : rowsDecodeVariants(gpu, weight, maxRows, accumulate);
 }

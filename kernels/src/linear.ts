@@ -6,7 +6,7 @@
 import type { Gpu } from "./device.ts";
 import type { Kernel } from "./kernel.ts";
 import { cachedKernel } from "./kernel-cache.ts";
-import { LINEAR_IMMEDIATE_BYTES } from "./linear-columns.wgsl.ts";
+import { LINEAR_IMMEDIATE_BYTES } from "./linear-parameters.wgsl.ts";
 import { type LinearVariant, linearVariants } from "./linear-variant.ts";
 import type { LinearWeight } from "./linear-weight.ts";
 

@@ -76,9 +76,9 @@ export function scaleWordsPerGroup(encoding: WeightEncoding): number {
   return SCALE_WORDS[encoding.scales];
 }
 
-/** @throws RangeError unless rows of `columns` are whole blocks of the type and whole vec4s. */
+/** @throws RangeError unless rows of `columns` are whole blocks of the type and whole vec4s of words and of inputs. */
 export function validateColumns(label: string, type: GgmlType, columns: number): void {
-  const multiple = Math.max(4, ggmlBlock(type).elements);
+  const multiple = Math.max(type === "F32" ? 4 : 8, ggmlBlock(type).elements);
   if (!Number.isInteger(columns) || columns <= 0 || columns % multiple !== 0) {
     throw new RangeError(`${label}: ${columns} columns of ${type}, must be a positive multiple of ${multiple}`);
   }

@@ -151,8 +151,7 @@ function repackFloats(view: DataView, rows: number, wordsPerRow: number, layout:
 }
 
 /**
- * Repacks `rows` × `columns` of `data`; the caller has checked type, columns and byte length.
- * `encoding` may have wider scales than the type needs (pair16 read as pair32).
+ * Repacks `rows` × `columns` of `data` into the encoding of `type`; the caller has checked columns and byte length.
  */
 export function repackRows(
   type: GgmlType,
