@@ -89,16 +89,19 @@ export async function createSampler(gpu: Gpu, { vocabulary, maxRows }: SamplerDe
   }
   const [scan, pick] = await Promise.all([
     cachedKernel(gpu, {
-      label: `sample scan ${vocabulary}`,
-      code: sampleScanWgsl(vocabulary),
+      label: "sample scan",
+      code: sampleScanWgsl(),
       bindings: ["read", "read_write"],
+      immediateBytes: 4,
     }),
     cachedKernel(gpu, {
-      label: `sample pick ${vocabulary}`,
-      code: samplePickWgsl(vocabulary),
+      label: "sample pick",
+      code: samplePickWgsl(),
       bindings: ["read", "read", "read", "read_write"],
+      immediateBytes: 4,
     }),
   ]);
+  const immediates = new Uint32Array([vocabulary]);
   const partials = createStorage(gpu, "sample partials", maxRows * SAMPLE_SLICES * SAMPLE_PARTIAL_BYTES);
   return {
     bind({ logits, parameters, output }) {
@@ -109,8 +112,8 @@ export async function createSampler(gpu: Gpu, { vocabulary, maxRows }: SamplerDe
           if (!Number.isInteger(rows) || rows < 1 || rows > maxRows) {
             throw new RangeError(`sampler: ${rows} rows, must be 1 … ${maxRows}`);
           }
-          boundScan.encode(pass, undefined, [SAMPLE_SLICES, rows]);
-          boundPick.encode(pass, undefined, [rows]);
+          boundScan.encode(pass, immediates, [SAMPLE_SLICES, rows]);
+          boundPick.encode(pass, immediates, [rows]);
         },
       };
     },

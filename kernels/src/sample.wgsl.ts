@@ -12,6 +12,8 @@ export const SAMPLE_PARTIAL_BYTES = 16;
  * A key of 0 is never made by a number: it is the key of "nothing".
  */
 const KEYS = `
+struct Parameters { vocabulary: u32 }
+var<immediate> parameters: Parameters;
 fn isFiniteBits(bits: u32) -> bool { return (bits & 0x7f800000u) != 0x7f800000u; }
 fn keyOf(bits: u32) -> u32 {
   if (bits == 0x80000000u) { return 0x80000000u; }
@@ -24,9 +26,9 @@ struct Partial { key: u32, index: u32, sum: f32, nonFinite: u32 }
 `;
 
 /** Grid: x slices, y rows. Each thread walks its slice in steps, so a row's sums have one fixed order. */
-export function sampleScanWgsl(vocabulary: number): string {
-  const slice = Math.ceil(vocabulary / SAMPLE_SLICES);
-  return `${KEYS}
+export function sampleScanWgsl(): string {
+  return `requires immediate_address_space;
+${KEYS}
 @group(0) @binding(0) var<storage, read> logits: array<u32>;
 @group(0) @binding(1) var<storage, read_write> partials: array<Partial>;
 
@@ -34,10 +36,12 @@ var<workgroup> lanes: array<Partial, ${SAMPLE_THREADS}>;
 
 @compute @workgroup_size(${SAMPLE_THREADS})
 fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) lane: u32) {
-  let row = group.y * ${vocabulary}u;
-  let end = min((group.x + 1u) * ${slice}u, ${vocabulary}u);
+  let vocabulary = parameters.vocabulary;
+  let row = group.y * vocabulary;
+  let slice = (vocabulary + ${SAMPLE_SLICES - 1}u) / ${SAMPLE_SLICES}u;
+  let end = min((group.x + 1u) * slice, vocabulary);
   var best = Partial(0u, 0xffffffffu, 0.0, 0u);
-  for (var at = group.x * ${slice}u + lane; at < end; at += ${SAMPLE_THREADS}u) {
+  for (var at = group.x * slice + lane; at < end; at += ${SAMPLE_THREADS}u) {
     let bits = logits[row + at];
     if (isFiniteBits(bits)) {
       let key = keyOf(bits);
@@ -59,7 +63,7 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) la
   workgroupBarrier();
   let top = valueOf(best.key);
   var sum = 0.0;
-  for (var at = group.x * ${slice}u + lane; at < end; at += ${SAMPLE_THREADS}u) {
+  for (var at = group.x * slice + lane; at < end; at += ${SAMPLE_THREADS}u) {
     let bits = logits[row + at];
     if (isFiniteBits(bits)) { sum += exp(bitcast<f32>(bits) - top); }
   }
@@ -100,7 +104,7 @@ fn multiplyHigh(a: u32, b: u32) -> u32 {
 `;
 
 /** Workgroup state and passes over one row; every thread of the workgroup calls them together. */
-const ROW_PASSES = (vocabulary: number) => `
+const ROW_PASSES = `
 var<workgroup> histogram: array<atomic<u32>, 256>;
 var<workgroup> laneSums: array<f32, ${SAMPLE_THREADS}>;
 var<workgroup> laneMasses: array<u32, ${SAMPLE_THREADS}>;
@@ -131,11 +135,11 @@ fn narrow(row: u32, lane: u32, kept: Threshold, weighting: Weighting, wanted: u3
   var prefix = 0u;
   var mask = 0u;
   var remaining = wanted;
-  for (var pass = 0u; pass < 4u; pass++) {
-    let shift = 24u - pass * 8u;
+  for (var digit = 0u; digit < 4u; digit++) {
+    let shift = 24u - digit * 8u;
     for (var bin = lane; bin < 256u; bin += ${SAMPLE_THREADS}u) { atomicStore(&histogram[bin], 0u); }
     workgroupBarrier();
-    for (var at = lane; at < ${vocabulary}u; at += ${SAMPLE_THREADS}u) {
+    for (var at = lane; at < parameters.vocabulary; at += ${SAMPLE_THREADS}u) {
       let key = keyAt(row, at);
       if (key > kept.key && (key & mask) == prefix) {
         let weight = weightOf(key, weighting);
@@ -166,7 +170,7 @@ fn narrow(row: u32, lane: u32, kept: Threshold, weighting: Weighting, wanted: u3
 /** Σ exp over the keys at or above the threshold, in one fixed order. */
 fn sumExp(row: u32, lane: u32, kept: Threshold, weighting: Weighting) -> f32 {
   var sum = 0.0;
-  for (var at = lane; at < ${vocabulary}u; at += ${SAMPLE_THREADS}u) {
+  for (var at = lane; at < parameters.vocabulary; at += ${SAMPLE_THREADS}u) {
     let key = keyAt(row, at);
     if (key >= max(kept.key, 1u)) { sum += expOf(key, weighting); }
   }
@@ -180,7 +184,7 @@ fn sumExp(row: u32, lane: u32, kept: Threshold, weighting: Weighting) -> f32 {
 /** Σ weight of what is kept, as f32 (exact to 24 bits; never more than the integer sum). */
 fn keptMass(row: u32, lane: u32, kept: Threshold, weighting: Weighting) -> f32 {
   var mass = 0u;
-  for (var at = lane; at < ${vocabulary}u; at += ${SAMPLE_THREADS}u) {
+  for (var at = lane; at < parameters.vocabulary; at += ${SAMPLE_THREADS}u) {
     let key = keyAt(row, at);
     if (key > kept.key) { mass += weightOf(key, weighting); }
   }
@@ -195,8 +199,9 @@ fn keptMass(row: u32, lane: u32, kept: Threshold, weighting: Weighting) -> f32 {
 
 /** Draws one kept token by its weight, walking the vocabulary in the order of indices; sets \`chosen\`. */
 fn draw(row: u32, lane: u32, kept: Threshold, weighting: Weighting, random: u32) {
-  let begin = lane * ${Math.ceil(vocabulary / SAMPLE_THREADS)}u;
-  let end = min(begin + ${Math.ceil(vocabulary / SAMPLE_THREADS)}u, ${vocabulary}u);
+  let range = (parameters.vocabulary + ${SAMPLE_THREADS - 1}u) / ${SAMPLE_THREADS}u;
+  let begin = lane * range;
+  let end = min(begin + range, parameters.vocabulary);
   var above = 0u;
   var equal = 0u;
   for (var at = begin; at < end; at++) {
@@ -221,9 +226,9 @@ fn draw(row: u32, lane: u32, kept: Threshold, weighting: Weighting, random: u32)
     total += laneMasses[other] + ties * tieWeight;
     tiesLeft -= ties;
   }
-  let target = multiplyHigh(random, total);
+  let place = multiplyHigh(random, total);
   let mine = above + min(tiesBefore, equal) * tieWeight;
-  if (target >= before && target - before < mine) {
+  if (place >= before && place - before < mine) {
     var sum = before;
     for (var at = begin; at < end; at++) {
       let key = keyAt(row, at);
@@ -231,7 +236,7 @@ fn draw(row: u32, lane: u32, kept: Threshold, weighting: Weighting, random: u32)
       if (key > kept.key) { weight = weightOf(key, weighting); }
       if (key == kept.key && key != 0u && tiesBefore > 0u) { weight = tieWeight; tiesBefore--; }
       sum += weight;
-      if (target < sum) { chosen = at; break; }
+      if (place < sum) { chosen = at; break; }
     }
   }
   workgroupBarrier();
@@ -239,17 +244,18 @@ fn draw(row: u32, lane: u32, kept: Threshold, weighting: Weighting, random: u32)
 `;
 
 /** Grid: x rows. */
-export function samplePickWgsl(vocabulary: number): string {
-  return `${KEYS}
+export function samplePickWgsl(): string {
+  return `requires immediate_address_space;
+${KEYS}
 ${CHOICE}
 @group(0) @binding(0) var<storage, read> logits: array<u32>;
 @group(0) @binding(1) var<storage, read> partials: array<Partial>;
 @group(0) @binding(2) var<storage, read> requests: array<Request>;
 @group(0) @binding(3) var<storage, read_write> answers: array<Answer>;
-${ROW_PASSES(vocabulary)}
+${ROW_PASSES}
 @compute @workgroup_size(${SAMPLE_THREADS})
 fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) lane: u32) {
-  let row = group.x * ${vocabulary}u;
+  let row = group.x * parameters.vocabulary;
   let request = requests[group.x];
   var best = partials[group.x * ${SAMPLE_SLICES}u];
   for (var slice = 1u; slice < ${SAMPLE_SLICES}u; slice++) {
@@ -269,7 +275,7 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) la
   if (request.temperature > 0.0 && best.key != 0u) {
     var kept = Threshold(0u, 0u);
     var weighting = Weighting(top, 1.0 / max(request.temperature, 1e-6), 0.0);
-    if (request.topK > 0u && request.topK < ${vocabulary}u) {
+    if (request.topK > 0u && request.topK < parameters.vocabulary) {
       let result = narrow(row, lane, kept, weighting, request.topK);
       kept = Threshold(result.x, select(result.y, 0u, result.x == 0u));
     }
