@@ -1,0 +1,155 @@
+/** Configuration of workers and engines. The environment is read here and nowhere else in this package. */
+import { ClusterError, type TlsFiles } from "@kivimesh/proto";
+import { z } from "zod";
+
+/**
+ * `invariant`: a sequence's results depend neither on the batch nor on what was cached. `fast`: blocks sealed while
+ * decoding are shared too, and resumed sequences are prefilled; equal up to rounding.
+ */
+export type Numerics = "invariant" | "fast";
+
+/** What an engine runs. Undefined sizes take the model runner's defaults. */
+export interface EngineConfig {
+  /** A .gguf file or a model folder; exactly one of this and `dummyArchitecture`. */
+  readonly modelPath?: string | undefined;
+  /** Random weights of this architecture. */
+  readonly dummyArchitecture?: string | undefined;
+  readonly dummySeed?: number | undefined;
+  /** Name the model is served under. Default: the file's. */
+  readonly modelName?: string | undefined;
+  /** Default kivi2r. */
+  readonly kvFormat?: string | undefined;
+  /** Default 128. */
+  readonly blockTokens?: number | undefined;
+  /** R. Default 128. */
+  readonly residualTokens?: number | undefined;
+  /** Sequences that run at once. Default 8. */
+  readonly maxSequences?: number | undefined;
+  /** Bytes of GPU memory for sealed pages. */
+  readonly kvBytes?: number | undefined;
+  /** Prefill rows of one step. Default: 256 on software drivers, 1024 on hardware, but never less than R. */
+  readonly maxPrefillRows?: number | undefined;
+  readonly maxContextTokens?: number | undefined;
+  /** Default "invariant". */
+  readonly numerics?: Numerics | undefined;
+  /** Substring of the GPU adapter's name, where several are installed. */
+  readonly gpuAdapter?: string | undefined;
+}
+
+/** A worker process or, embedded, one worker of several. */
+export interface WorkerConfig extends EngineConfig {
+  /** Unique in the cluster; names the worker's queue. Letters, digits, ".", "_" and "-". */
+  readonly id: string;
+  /** Of the gRPC listener. Default 127.0.0.1. */
+  readonly host?: string | undefined;
+  /** 0, the default: any free port. */
+  readonly port?: number | undefined;
+  readonly tls?: TlsFiles | undefined;
+  readonly allowInsecure?: boolean | undefined;
+  /** `host:port`. Undefined: the first cachestore that the membership names, if any. */
+  readonly cachestoreAddress?: string | undefined;
+  /** Serves /metrics, /healthz and /readyz here; 0: any free port; undefined: not at all. */
+  readonly metricsPort?: number | undefined;
+  /** pino level. Default "info". */
+  readonly logLevel?: string | undefined;
+  /** Bytes loaded so far and in all, and what they are. */
+  readonly onProgress?: ((done: number, total: number, phase: string) => void) | undefined;
+}
+
+const positive = z.coerce.number().int().min(1);
+const port = z.coerce.number().int().min(0).max(65_535);
+
+const configSchema = z.object({
+  id: z.string().regex(/^[A-Za-z0-9._-]{1,100}$/, 'must be 1 to 100 letters, digits, ".", "_" or "-"'),
+  port: port.optional(),
+  metricsPort: port.optional(),
+  maxSequences: positive.max(1024).optional(),
+  kvBytes: positive.optional(),
+  maxPrefillRows: positive.optional(),
+  blockTokens: positive.optional(),
+  residualTokens: positive.optional(),
+  maxContextTokens: positive.optional(),
+  numerics: z.enum(["invariant", "fast"]).optional(),
+  logLevel: z.enum(["trace", "debug", "info", "warn", "error", "fatal", "silent"]).optional(),
+});
+
+/** Checks a worker's configuration. @throws ClusterError INVALID_ARGUMENT naming the field. */
+export function checkWorkerConfig(config: WorkerConfig): WorkerConfig {
+  const checked = configSchema.safeParse(config);
+  if (!checked.success) {
+    const issue = checked.error.issues[0];
+    throw invalid(issue?.path.join(".") ?? "config", issue?.message ?? "invalid");
+  }
+  checkEngineConfig(config);
+  return Object.freeze({ ...config });
+}
+
+/** @throws ClusterError INVALID_ARGUMENT where not exactly one model source is given. */
+export function checkEngineConfig(config: EngineConfig): void {
+  if ((config.modelPath === undefined) === (config.dummyArchitecture === undefined)) {
+    throw invalid("modelPath", "give exactly one of a model path and a dummy architecture");
+  }
+}
+
+function invalid(field: string, message: string): ClusterError {
+  return new ClusterError("INVALID_ARGUMENT", `worker ${field}: ${message}`, { parameter: field });
+}
+
+const environmentSchema = z.object({
+  KIVIMESH_WORKER_ID: z.string().optional(),
+  KIVIMESH_HOST: z.string().min(1).optional(),
+  KIVIMESH_WORKER_PORT: port.optional(),
+  KIVIMESH_MODEL_PATH: z.string().min(1).optional(),
+  KIVIMESH_ARCHITECTURE: z.string().min(1).optional(),
+  KIVIMESH_MODEL_NAME: z.string().min(1).optional(),
+  KIVIMESH_KV_FORMAT: z.string().min(1).optional(),
+  KIVIMESH_BLOCK_TOKENS: positive.optional(),
+  KIVIMESH_RESIDUAL_TOKENS: positive.optional(),
+  KIVIMESH_MAX_SEQUENCES: positive.optional(),
+  KIVIMESH_KV_BYTES: positive.optional(),
+  KIVIMESH_MAX_PREFILL_ROWS: positive.optional(),
+  KIVIMESH_MAX_CONTEXT_TOKENS: positive.optional(),
+  KIVIMESH_NUMERICS: z.enum(["invariant", "fast"]).optional(),
+  KIVIMESH_GPU_ADAPTER: z.string().min(1).optional(),
+  KIVIMESH_CACHESTORE: z.string().min(1).optional(),
+  KIVIMESH_METRICS_PORT: port.optional(),
+  KIVIMESH_ALLOW_INSECURE: z.enum(["0", "1", "true", "false"]).optional(),
+  KIVIMESH_LOG_LEVEL: z.string().optional(),
+});
+
+/**
+ * What environment variables say; the caller fills in the rest (at least `id` and the model).
+ * @throws ClusterError INVALID_ARGUMENT naming the variable.
+ */
+export function workerConfigFromEnvironment(environment: Record<string, string | undefined>): Partial<WorkerConfig> {
+  const parsed = environmentSchema.safeParse(environment);
+  if (!parsed.success) {
+    const issue = parsed.error.issues[0];
+    const name = issue?.path.join(".") ?? "environment";
+    throw new ClusterError("INVALID_ARGUMENT", `${name}: ${issue?.message ?? "invalid"}`, { parameter: name });
+  }
+  const values = parsed.data;
+  const insecure = values.KIVIMESH_ALLOW_INSECURE;
+  const config: Partial<WorkerConfig> = {
+    id: values.KIVIMESH_WORKER_ID as string,
+    host: values.KIVIMESH_HOST,
+    port: values.KIVIMESH_WORKER_PORT,
+    modelPath: values.KIVIMESH_MODEL_PATH,
+    dummyArchitecture: values.KIVIMESH_ARCHITECTURE,
+    modelName: values.KIVIMESH_MODEL_NAME,
+    kvFormat: values.KIVIMESH_KV_FORMAT,
+    blockTokens: values.KIVIMESH_BLOCK_TOKENS,
+    residualTokens: values.KIVIMESH_RESIDUAL_TOKENS,
+    maxSequences: values.KIVIMESH_MAX_SEQUENCES,
+    kvBytes: values.KIVIMESH_KV_BYTES,
+    maxPrefillRows: values.KIVIMESH_MAX_PREFILL_ROWS,
+    maxContextTokens: values.KIVIMESH_MAX_CONTEXT_TOKENS,
+    numerics: values.KIVIMESH_NUMERICS,
+    gpuAdapter: values.KIVIMESH_GPU_ADAPTER,
+    cachestoreAddress: values.KIVIMESH_CACHESTORE,
+    metricsPort: values.KIVIMESH_METRICS_PORT,
+    allowInsecure: insecure === undefined ? undefined : insecure === "1" || insecure === "true",
+    logLevel: values.KIVIMESH_LOG_LEVEL,
+  };
+  return Object.fromEntries(Object.entries(config).filter(([, value]) => value !== undefined));
+}

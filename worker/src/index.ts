@@ -1,0 +1,40 @@
+/** The worker: an engine over the GPU and the service that feeds it. */
+export {
+  checkWorkerConfig,
+  type EngineConfig,
+  type Numerics,
+  type WorkerConfig,
+  workerConfigFromEnvironment,
+} from "./config.ts";
+export type { Engine } from "./engine.ts";
+export type { EngineStats } from "./engine-stats.ts";
+export {
+  type FinishedEvent,
+  type GenerationEvent,
+  type GenerationOutcome,
+  type GenerationRequest,
+  type GenerationUsage,
+  greedySampling,
+  type TokenSources,
+  type TokensEvent,
+} from "./generation.ts";
+export {
+  type DecodeRow,
+  type KvGeometry,
+  type LoadedModel,
+  loadModel,
+  type ModelConfig,
+  type ModelRunner,
+  type ModelSource,
+  type OpenModelRunnerOptions,
+  openModelRunner,
+  type PrefillChunk,
+  type RunnerLimits,
+  type RunnerMemory,
+  type SamplingParameters,
+  type StepPlan,
+  type StepResult,
+  type TokenizerDefinition,
+} from "./model/index.ts";
+export { type OpenEngine, openEngine, type SimpleGeneration } from "./open-engine.ts";
+export { startWorker, type WorkerSeams, type WorkerService } from "./worker.ts";
