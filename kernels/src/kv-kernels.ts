@@ -4,9 +4,31 @@
  * One `KvKernels` serves all layers; `bindLayer` binds a layer's buffers once. A step first prepares its tables
  * (`preparePrefill`, `prepareDecode`, `prepareSeal`: a few small writes), then encodes layer after layer.
  */
+import { createStorage, uploadStorage } from "./buffers.ts";
 import type { Gpu } from "./device.ts";
-import type { KvFormat, KvShape } from "./kv-format.ts";
-import type { DecodePlan, DecodeRow, PrefillChunk, PrefillPlan, SealPlan, SealWindow } from "./kv-steps.ts";
+import type { Kernel } from "./kernel.ts";
+import { cachedKernel } from "./kernel-cache.ts";
+import {
+  type AttentionTemplate,
+  type LanePlan,
+  mergeAttentionWgsl,
+  prefillAttentionWgsl,
+  SPLIT_TOKENS,
+  splitAttentionWgsl,
+} from "./kv-attention.wgsl.ts";
+import { type KvFormat, type KvShape, validateKv } from "./kv-format.ts";
+import { kvSealWgsl } from "./kv-seal.wgsl.ts";
+import {
+  createKvStepTables,
+  type DecodePlan,
+  type DecodeRow,
+  type KvStepTables,
+  type PrefillChunk,
+  type PrefillPlan,
+  type SealPlan,
+  type SealWindow,
+} from "./kv-steps.ts";
+import { kvWriteWgsl, WRITE_THREADS } from "./kv-write.wgsl.ts";
 
 /** How a head's dimensions are paired: (2i, 2i+1) as GGUF's Llama weights are stored, or (i, i + ropeDim/2) as in HF. */
 export type RopeLayout = "interleaved" | "half";
@@ -31,6 +53,8 @@ export interface KvKernelOptions {
   readonly ropeDim?: number;
   /** Factor of the logits. Default: 1 / sqrt(headDim). */
   readonly attentionScale?: number;
+  /** Overrides how a workgroup makes its vectors; for tests of the variants that other devices get. */
+  readonly lanePlan?: LanePlan;
 }
 
 /** One layer's buffers. `qkv`, `chunkKv` and `output` may be shared by all layers. */
@@ -87,7 +111,235 @@ export interface KvKernels {
   destroy(): void;
 }
 
-/** Compiles the kernels. @throws RangeError for shapes that do not fit together, KernelCompileError from the driver. */
+/** Most bytes of split partials; longer batches are encoded in several rounds. */
+const PARTIALS_LIMIT = 64 << 20;
+
+/** Most queries that a workgroup of attention takes at once: they share each unpacked code. */
+const MAX_QUERIES = 7;
+
+/** Queries of a prefill tile, rows times heads. */
+const PREFILL_QUERIES = 4;
+
+interface Shared {
+  readonly options: KvKernelOptions;
+  readonly tables: KvStepTables;
+  readonly buffers: ReturnType<typeof createBuffers>;
+  readonly kernels: Kernels;
+  readonly template: AttentionTemplate;
+  /** Decode rows whose partials fit at once. */
+  readonly partialRows: number;
+}
+
+interface Kernels {
+  readonly prefillWrite: Kernel;
+  readonly decodeWrite: Kernel;
+  readonly prefillSeal: Kernel;
+  readonly decodeSeal: Kernel;
+  readonly prefill: Kernel;
+  readonly split: Kernel;
+  readonly merge: Kernel;
+}
+
+function check(options: KvKernelOptions): void {
+  const { format, shape, heads, maxPositions, ropeTable, ropeDim = shape.headDim } = options;
+  validateKv(format, shape);
+  if (!Number.isInteger(heads) || heads <= 0 || heads % shape.kvHeads !== 0) {
+    throw new RangeError(`${heads} query heads are not a multiple of ${shape.kvHeads} KV heads`);
+  }
+  if (ropeDim % 4 !== 0 || ropeDim <= 0 || ropeDim > shape.headDim) {
+    throw new RangeError(`ropeDim ${ropeDim} must be a multiple of 4, at most headDim ${shape.headDim}`);
+  }
+  if (ropeTable.length < maxPositions * ropeDim) {
+    throw new RangeError(
+      `rope table of ${ropeTable.length} values: ${maxPositions} positions need ${maxPositions * ropeDim}`,
+    );
+  }
+  if (options.maxPagesPerSequence * shape.blockTokens < maxPositions - (maxPositions % shape.residualTokens)) {
+    throw new RangeError(
+      `${options.maxPagesPerSequence} pages of ${shape.blockTokens} tokens do not hold ${maxPositions} positions`,
+    );
+  }
+}
+
+/** Largest divisor of `count` that is at most `limit`. */
+function largestDivisor(count: number, limit: number): number {
+  for (let divisor = Math.min(count, limit); divisor > 1; divisor--) if (count % divisor === 0) return divisor;
+  return 1;
+}
+
+/** Lanes are the subgroup where every subgroup has the same, fitting size; else threads that meet in workgroup memory. */
+export function planLanes(gpu: Gpu, headDim: number): LanePlan {
+  const info = gpu.device.adapterInfo as GPUAdapterInfo & { subgroupMinSize?: number; subgroupMaxSize?: number };
+  const size = gpu.features.subgroupSize;
+  const fixed = gpu.features.subgroups && info.subgroupMinSize === size && info.subgroupMaxSize === size;
+  if (fixed && [4, 8, 16, 32].includes(size) && headDim % size === 0) return { lanes: size, subgroups: true };
+  return { lanes: [32, 16, 8].find((lanes) => headDim % lanes === 0) ?? 8, subgroups: false };
+}
+
+function attentionTemplate(gpu: Gpu, options: KvKernelOptions): AttentionTemplate {
+  const { format, shape, heads, maxPositions, attentionScale } = options;
+  const queryHeads = largestDivisor(heads / shape.kvHeads, MAX_QUERIES);
+  return {
+    format,
+    shape,
+    heads,
+    maxPages: options.maxPagesPerSequence,
+    maxSplits: Math.max(1, Math.ceil(maxPositions / SPLIT_TOKENS)),
+    lanePlan: options.lanePlan ?? planLanes(gpu, shape.headDim),
+    queryHeads,
+    tileRows: Math.max(1, Math.floor(PREFILL_QUERIES / queryHeads)),
+    scale: attentionScale ?? 1 / Math.sqrt(shape.headDim),
+  };
+}
+
+function createBuffers(gpu: Gpu, options: KvKernelOptions, tables: KvStepTables, partialBytes: number) {
+  const table = (name: string, words: Uint32Array) => createStorage(gpu, `kv ${name}`, words.byteLength);
+  const { maxSlots, maxPagesPerSequence } = options;
+  return {
+    ropeTable: uploadStorage(gpu, "kv rope table", options.ropeTable),
+    prefillRows: table("prefill rows", tables.prefillRows),
+    prefillTiles: table("prefill tiles", tables.prefillTiles),
+    prefillSeals: table("prefill seals", tables.prefillSeals),
+    decodeRows: table("decode rows", tables.decodeRows),
+    decodeSeals: table("decode seals", tables.decodeSeals),
+    pageTable: uploadStorage(gpu, "kv page table", new Uint32Array(maxSlots * maxPagesPerSequence)),
+    status: uploadStorage(gpu, "kv status", new Uint32Array(maxSlots)),
+    partials: createStorage(gpu, "kv split partials", partialBytes),
+  };
+}
+
+async function compileKernels(gpu: Gpu, options: KvKernelOptions, template: AttentionTemplate): Promise<Kernels> {
+  const { format, shape, heads, maxPagesPerSequence: maxPages, ropeLayout, ropeDim = shape.headDim } = options;
+  const row = (shape.kvHeads * shape.headDim) / 2;
+  const compile = (label: string, code: string, access: string, immediateBytes = 0) =>
+    cachedKernel(gpu, {
+      label: `kv ${label} ${format.name}`,
+      code,
+      bindings: Array.from(access, (letter) => (letter === "w" ? "read_write" : "read")),
+      immediateBytes,
+    });
+  const write = { shape, heads, ropeDim, ropeLayout };
+  const seal = { format, shape, maxPages };
+  const chunkSource = { tokenStride: 2 * row, planeStride: row, slotStride: 0 };
+  const residualSource = {
+    tokenStride: row,
+    planeStride: shape.residualTokens * row,
+    slotStride: 2 * shape.residualTokens * row,
+  };
+  const [prefillWrite, decodeWrite, prefillSeal, decodeSeal, prefill, split, merge] = await Promise.all([
+    compile("write prefill", kvWriteWgsl({ ...write, phase: "prefill" }), "wrrwww", 4),
+    compile("write decode", kvWriteWgsl({ ...write, phase: "decode" }), "wrrww", 4),
+    compile("seal prefill", kvSealWgsl({ ...seal, ...chunkSource }), "rrrww"),
+    compile("seal decode", kvSealWgsl({ ...seal, ...residualSource }), "rrrww"),
+    compile("attention prefill", prefillAttentionWgsl(template), "rrrrrw"),
+    compile("attention split", splitAttentionWgsl(template), "rrrrw", 4),
+    compile("attention merge", mergeAttentionWgsl(template), "rrrrw", 4),
+  ]);
+  return { prefillWrite, decodeWrite, prefillSeal, decodeSeal, prefill, split, merge };
+}
+
+/**
+ * Compiles the kernels and makes the tables.
+ * @throws RangeError for shapes that do not fit together, KernelCompileError from the driver.
+ */
 export async function createKvKernels(gpu: Gpu, options: KvKernelOptions): Promise<KvKernels> {
-  throw new RangeError(`not built yet: ${gpu.name} ${options.format.name}`);
+  check(options);
+  const { format, shape, heads, maxRows, maxDecodeRows, maxSlots } = options;
+  const template = attentionTemplate(gpu, options);
+  const tables = createKvStepTables({ ...options, tileRows: template.tileRows, splitTokens: SPLIT_TOKENS });
+  const rowPartials = heads * template.maxSplits * (shape.headDim + 2) * 4;
+  const partialRows = Math.max(1, Math.min(maxDecodeRows, Math.floor(PARTIALS_LIMIT / rowPartials)));
+  const kernels = await compileKernels(gpu, options, template);
+  const buffers = createBuffers(gpu, options, tables, partialRows * rowPartials);
+  const shared = { options, tables, buffers, kernels, template, partialRows };
+  const upload = (buffer: GPUBuffer, table: Uint32Array<ArrayBuffer>, entries: number) => {
+    if (entries > 0) gpu.device.queue.writeBuffer(buffer, 0, table, 0, entries * 4);
+  };
+  const row = (shape.kvHeads * shape.headDim) / 2;
+  return {
+    format,
+    shape,
+    pageTable: buffers.pageTable,
+    status: buffers.status,
+    residualBytes: maxSlots * 2 * shape.residualTokens * row * 4,
+    chunkKvBytes: Math.max(1, maxRows) * 2 * row * 4,
+    setPages: (slot, firstBlock, pages) => setPages(gpu, shared, slot, firstBlock, pages),
+    clearStatus: (slot) => gpu.device.queue.writeBuffer(buffers.status, slot * 4, new Uint32Array(1)),
+    preparePrefill(chunks) {
+      const plan = tables.fillPrefill(chunks);
+      upload(buffers.prefillRows, tables.prefillRows, plan.rows);
+      upload(buffers.prefillTiles, tables.prefillTiles, plan.tiles);
+      upload(buffers.prefillSeals, tables.prefillSeals, plan.blocks);
+      return plan;
+    },
+    prepareDecode(rows) {
+      const plan = tables.fillDecode(rows);
+      upload(buffers.decodeRows, tables.decodeRows, plan.rows);
+      return plan;
+    },
+    prepareSeal(windows) {
+      const plan = tables.fillSeal(windows);
+      upload(buffers.decodeSeals, tables.decodeSeals, plan.blocks);
+      return plan;
+    },
+    bindLayer: (layer) => bindLayer(shared, layer),
+    destroy() {
+      for (const buffer of Object.values(buffers)) buffer.destroy();
+    },
+  };
+}
+
+function setPages(gpu: Gpu, { options, buffers }: Shared, slot: number, firstBlock: number, pages: ArrayLike<number>) {
+  const { maxSlots, maxPagesPerSequence: most } = options;
+  if (!Number.isInteger(slot) || slot < 0 || slot >= maxSlots) {
+    throw new RangeError(`slot ${slot} is not in 0..${maxSlots - 1}`);
+  }
+  if (!Number.isInteger(firstBlock) || firstBlock < 0 || firstBlock + pages.length > most) {
+    throw new RangeError(`blocks ${firstBlock}..${firstBlock + pages.length - 1}: a sequence has at most ${most}`);
+  }
+  if (pages.length > 0) {
+    gpu.device.queue.writeBuffer(buffers.pageTable, (slot * most + firstBlock) * 4, Uint32Array.from(pages));
+  }
+}
+
+function bindLayer(shared: Shared, layer: KvLayerBuffers): KvLayer {
+  const { kernels, buffers, template, options, partialRows } = shared;
+  const { qkv, pages, residual, chunkKv, output } = layer;
+  const { ropeTable, prefillRows, prefillTiles, prefillSeals, decodeRows, decodeSeals, pageTable, status, partials } =
+    buffers;
+  const prefillWrite = kernels.prefillWrite.bind([qkv, ropeTable, prefillRows, residual, status, chunkKv]);
+  const decodeWrite = kernels.decodeWrite.bind([qkv, ropeTable, decodeRows, residual, status]);
+  const prefillSeal = kernels.prefillSeal.bind([chunkKv, prefillSeals, pageTable, pages, status]);
+  const decodeSeal = kernels.decodeSeal.bind([residual, decodeSeals, pageTable, pages, status]);
+  const prefill = kernels.prefill.bind([qkv, pages, chunkKv, prefillTiles, pageTable, output]);
+  const split = kernels.split.bind([qkv, pages, decodeRows, pageTable, partials]);
+  const merge = kernels.merge.bind([qkv, residual, decodeRows, partials, output]);
+  const { shape, heads } = options;
+  const writeGrid = Math.ceil(((heads + 2 * shape.kvHeads) * shape.headDim) / 4 / WRITE_THREADS);
+  const sealGroups = shape.blockTokens / 32;
+  const headParts = heads / template.queryHeads;
+  const first = new Uint32Array(1);
+  return {
+    encodePrefill(pass, plan) {
+      if (plan.rows === 0) return;
+      first[0] = 0;
+      prefillWrite.encode(pass, first, [writeGrid, plan.rows]);
+      if (plan.blocks > 0) prefillSeal.encode(pass, undefined, [plan.blocks * sealGroups, shape.kvHeads, 2]);
+      prefill.encode(pass, undefined, [plan.tiles, headParts]);
+    },
+    encodeDecode(pass, plan) {
+      if (plan.rows === 0) return;
+      first[0] = 0;
+      decodeWrite.encode(pass, first, [writeGrid, plan.rows]);
+      for (let row = 0; row < plan.rows; row += partialRows) {
+        const rows = Math.min(partialRows, plan.rows - row);
+        first[0] = row;
+        if (plan.splits > 0) split.encode(pass, first, [plan.splits, headParts, rows]);
+        merge.encode(pass, first, [1, headParts, rows]);
+      }
+    },
+    encodeSeal(pass, plan) {
+      if (plan.blocks > 0) decodeSeal.encode(pass, undefined, [plan.blocks * sealGroups, shape.kvHeads, 2]);
+    },
+  };
 }
