@@ -11,5 +11,6 @@ export default defineConfig({
     // The software Vulkan driver uses every core by itself: files that run side by side only slow each other.
     fileParallelism: false,
     pool: "forks",
+    reporters: ["default", "./scripts/count-reporter.mjs"],
   },
 });
