@@ -79,7 +79,14 @@ export {
   type ServiceBinding,
   serveGrpc,
 } from "./grpc-server.ts";
-export type { JobConsumer, JobHandler, JobQueues, QueueCounts } from "./job-queue.ts";
+export {
+  type JobConsumer,
+  type JobHandler,
+  type JobQueues,
+  maxJobPriority,
+  type QueueCounts,
+  queueDeadlineMs,
+} from "./job-queue.ts";
 export {
   blockChunks,
   collectBlock,
@@ -98,7 +105,12 @@ export {
   verifyHeader,
   verifyPayload,
 } from "./kv-block.ts";
+export { localMembership } from "./local-membership.ts";
+export { createLogger, type Logger, type LogLevel } from "./logging.ts";
 export { type Announcement, type Member, type MemberRole, type Membership, memberTtlMs } from "./membership.ts";
+export { createRegistry, type MetricsServer, type MetricsServerOptions, serveMetrics } from "./metrics.ts";
+export { openPglitePool, type PglitePool } from "./pglite-pool.ts";
+export { pgliteJobQueues, postgresJobQueues } from "./postgres-job-queues.ts";
 export {
   blockIdBytes,
   blockIds,
@@ -108,6 +120,8 @@ export {
   maxCacheSaltBytes,
   tenantNamespace,
 } from "./prefix-hash.ts";
+export { redisJobQueues } from "./redis-job-queues.ts";
+export { redisMembership } from "./redis-membership.ts";
 export {
   type GrpcServiceDefinition,
   type ServiceDescriptor,

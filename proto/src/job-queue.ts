@@ -1,11 +1,14 @@
-import type { GenerateJob } from "./gen/kivimesh/v1/worker_pb.ts";
+import { fromBinary, toBinary } from "@bufbuild/protobuf";
+import { ClusterError } from "./errors.ts";
+import { type GenerateJob, GenerateJobSchema } from "./gen/kivimesh/v1/worker_pb.ts";
+import type { Logger } from "./logging.ts";
 
 export interface QueueCounts {
   waiting: number;
   active: number;
 }
 
-/** Runs one job. Its promise ends the job; a rejection is logged by the consumer's owner and never retried here. */
+/** Runs one job. Its promise ends the job; a rejection is logged and the job is not tried again. */
 export type JobHandler = (job: GenerateJob, signal: AbortSignal) => Promise<void>;
 
 export interface JobConsumer {
@@ -16,15 +19,220 @@ export interface JobConsumer {
   activeJobs(): number;
 }
 
-/** One queue of generate jobs for each worker. A job is delivered at most once: the gateway alone re-queues, with a new epoch. */
+/**
+ * One queue of generate jobs for each worker. A job is delivered at most once: the gateway alone re-queues, with a new
+ * epoch. Every method throws QUEUE_UNAVAILABLE when the queue's store does not answer within `queueDeadlineMs`.
+ */
 export interface JobQueues {
-  /** Lower `priority` runs first; 0 (the default) before all others. Throws QUEUE_UNAVAILABLE. */
+  /** Lower `priority` runs first; 0 (the default) before all others. The same request and epoch is queued once. */
   enqueue(workerId: string, job: GenerateJob, options?: { priority?: number }): Promise<void>;
-  /** Removes the job if it still waits; whether it did. Throws QUEUE_UNAVAILABLE. */
+  /** Removes the job if it still waits; tells whether it did. */
   remove(workerId: string, requestId: string, epoch: number): Promise<boolean>;
   counts(workerId: string): Promise<QueueCounts>;
   consume(workerId: string, handler: JobHandler, options: { concurrency: number }): Promise<JobConsumer>;
-  /** Resolves if the queue answers. Throws QUEUE_UNAVAILABLE. */
+  /** Resolves if the queue's store answers. */
   ping(): Promise<void>;
   close(): Promise<void>;
+}
+
+/** How long any queue operation may take, in milliseconds. */
+export const queueDeadlineMs = 3_000;
+/** Largest BullMQ priority. */
+export const maxJobPriority = 2_097_151;
+/** What a client is told to wait when the queue is away, in milliseconds. */
+const retryAfterMs = 1_000;
+/** How long a leaving consumer waits for its store before it breaks the connection, in milliseconds. */
+const closeGraceMs = 5_000;
+
+/** The protobuf bytes of a GenerateJob, as JSON can carry them. */
+interface QueuedJob {
+  job: string;
+}
+
+/** What is used of a BullMQ Queue, whatever its backend. */
+export interface BackedQueue {
+  add(name: string, data: QueuedJob, options: { jobId: string; priority: number }): Promise<unknown>;
+  remove(jobId: string): Promise<number>;
+  getJobCounts(...states: ("waiting" | "prioritized" | "active")[]): Promise<Record<string, number>>;
+  on(event: "error", listener: (error: Error) => void): unknown;
+  close(): Promise<void>;
+}
+
+/** What is used of a BullMQ Worker, whatever its backend. */
+export interface BackedWorker {
+  waitUntilReady(): Promise<unknown>;
+  pause(doNotWaitActive: boolean): Promise<void>;
+  close(force?: boolean): Promise<void>;
+  on(event: "error", listener: (error: Error) => void): unknown;
+  on(event: "failed", listener: (job: { id?: string | undefined } | undefined, error: Error) => void): unknown;
+}
+
+/** How to reach the store behind BullMQ: one implementation for each backend. */
+export interface QueueStore {
+  queue(name: string): BackedQueue;
+  worker(name: string, processor: (job: { data: QueuedJob }) => Promise<void>, concurrency: number): BackedWorker;
+  ping(): Promise<unknown>;
+  close(): Promise<void>;
+}
+
+/** Options of every BullMQ Queue: nothing is kept after a job ends. */
+export const queueOptions = {
+  defaultJobOptions: { attempts: 1, removeOnComplete: true, removeOnFail: true },
+} as const;
+
+/** Options of every BullMQ Worker: a stalled job fails at once, so that nothing runs twice unfenced. */
+export const workerOptions = {
+  maxStalledCount: 0,
+  removeOnComplete: { count: 0 },
+  removeOnFail: { count: 0 },
+} as const;
+
+/** Job queues over any BullMQ store. */
+export function jobQueuesOver(store: QueueStore, logger: Logger): JobQueues {
+  const queues = new Map<string, BackedQueue>();
+  const consumers = new Set<JobConsumer>();
+  const queueOf = (workerId: string) => {
+    const name = queueName(workerId);
+    let queue = queues.get(name);
+    if (queue === undefined) {
+      queue = store.queue(name);
+      queue.on("error", (error) => logger.debug({ err: error, queue: name }, "queue connection"));
+      queues.set(name, queue);
+    }
+    return queue;
+  };
+  return {
+    async enqueue(workerId, job, options = {}) {
+      const jobId = jobIdOf(job.requestId, job.epoch);
+      const priority = checkPriority(options.priority ?? 0);
+      const data = { job: Buffer.from(toBinary(GenerateJobSchema, job)).toString("base64") };
+      await withinDeadline(queueOf(workerId).add("generate", data, { jobId, priority }));
+    },
+    async remove(workerId, requestId, epoch) {
+      const removed = await withinDeadline(queueOf(workerId).remove(jobIdOf(requestId, epoch)));
+      return removed === 1;
+    },
+    async counts(workerId) {
+      const counts = await withinDeadline(queueOf(workerId).getJobCounts("waiting", "prioritized", "active"));
+      return { waiting: (counts.waiting ?? 0) + (counts.prioritized ?? 0), active: counts.active ?? 0 };
+    },
+    async consume(workerId, handler, { concurrency }) {
+      const consumer = await openConsumer(store, queueName(workerId), handler, concurrency, logger);
+      const tracked: JobConsumer = {
+        ...consumer,
+        async close() {
+          consumers.delete(tracked);
+          await consumer.close();
+        },
+      };
+      consumers.add(tracked);
+      return tracked;
+    },
+    async ping() {
+      await withinDeadline(store.ping());
+    },
+    async close() {
+      await Promise.all([...consumers].map((consumer) => consumer.close()));
+      await Promise.all([...queues.values()].map((queue) => settle(queue.close(), closeGraceMs)));
+      await settle(store.close(), closeGraceMs);
+    },
+  };
+}
+
+async function openConsumer(
+  store: QueueStore,
+  name: string,
+  handler: JobHandler,
+  concurrency: number,
+  logger: Logger,
+): Promise<JobConsumer> {
+  const running = new Set<AbortController>();
+  const run = async (queued: { data: QueuedJob }): Promise<void> => {
+    const abort = new AbortController();
+    running.add(abort);
+    try {
+      await handler(fromBinary(GenerateJobSchema, Buffer.from(queued.data.job, "base64")), abort.signal);
+    } finally {
+      running.delete(abort);
+    }
+  };
+  const worker = store.worker(name, run, concurrency);
+  worker.on("error", (error) => logger.debug({ err: error, queue: name }, "queue connection"));
+  worker.on("failed", (job, error) => logger.warn({ err: error, queue: name, job: job?.id }, "job failed"));
+  try {
+    await withinDeadline(worker.waitUntilReady());
+  } catch (error) {
+    await settle(worker.close(true), closeGraceMs);
+    throw error;
+  }
+  return {
+    pause: () => worker.pause(true),
+    async close() {
+      for (const abort of running) {
+        abort.abort();
+      }
+      if (!(await settle(worker.close(), closeGraceMs))) {
+        logger.warn({ queue: name }, "the queue did not let go in time; its connection is cut");
+        await settle(worker.close(true), closeGraceMs);
+      }
+    },
+    activeJobs: () => running.size,
+  };
+}
+
+/** BullMQ allows no ":" in names; ids are kept to what is safe in every store. */
+function queueName(workerId: string): string {
+  if (!/^[\w.-]{1,128}$/.test(workerId)) {
+    throw new ClusterError("INVALID_ARGUMENT", `worker id "${workerId}" is not 1 to 128 of A-Z a-z 0-9 _ . -`);
+  }
+  return `kivimesh-worker-${workerId}`;
+}
+
+function jobIdOf(requestId: string, epoch: number): string {
+  if (!/^[\w-]{1,128}$/.test(requestId)) {
+    throw new ClusterError("INVALID_ARGUMENT", `request id "${requestId}" is not 1 to 128 of A-Z a-z 0-9 _ -`);
+  }
+  return `${requestId}.${epoch}`;
+}
+
+function checkPriority(priority: number): number {
+  if (!Number.isInteger(priority) || priority < 0 || priority > maxJobPriority) {
+    throw new ClusterError("INVALID_ARGUMENT", `priority ${priority} is not an integer from 0 to ${maxJobPriority}`, {
+      parameter: "priority",
+    });
+  }
+  return priority;
+}
+
+async function withinDeadline<T>(operation: Promise<T>): Promise<T> {
+  let timer: NodeJS.Timeout | undefined;
+  const late = new Promise<never>((_, reject) => {
+    timer = setTimeout(() => reject(new Error(`no answer within ${queueDeadlineMs} ms`)), queueDeadlineMs);
+  });
+  try {
+    return await Promise.race([operation, late]);
+  } catch (error) {
+    throw new ClusterError("QUEUE_UNAVAILABLE", "the job queue cannot be reached; try again later", {
+      retryAfterMs,
+      cause: error,
+    });
+  } finally {
+    clearTimeout(timer);
+  }
+}
+
+/** Waits for a clean-up that may fail or hang with its store; whether it ended in time. */
+async function settle(cleanUp: Promise<unknown>, graceMs: number): Promise<boolean> {
+  let timer: NodeJS.Timeout | undefined;
+  const late = new Promise<boolean>((resolve) => {
+    timer = setTimeout(() => resolve(false), graceMs);
+  });
+  const ended = cleanUp.then(
+    () => true,
+    // A store that is gone has nothing left to clean up.
+    () => true,
+  );
+  const result = await Promise.race([ended, late]);
+  clearTimeout(timer);
+  return result;
 }

@@ -1,0 +1,15 @@
+import { PGlite } from "@electric-sql/pglite";
+import { createPostgresBackend, runMigrations, Queue, Worker } from "bullmq";
+const t0=performance.now();
+const db = await PGlite.create();
+console.log("create", performance.now()-t0);
+const q=async(text,params)=>{ if(params===undefined||params.length===0){const r=await db.exec(text); const l=r.at(-1); return {rows:l?.rows??[],rowCount:l?.affectedRows??0};} const r=await db.query(text,[...params]); return {rows:r.rows,rowCount:r.affectedRows};};
+const t1=performance.now();
+await runMigrations({query:q});
+console.log("migrate", performance.now()-t1);
+const t2=performance.now();
+const dump=await db.dumpDataDir("none");
+console.log("dump", performance.now()-t2, dump.size);
+const t3=performance.now();
+const db2=await PGlite.create({loadDataDir:dump});
+console.log("load", performance.now()-t3);
