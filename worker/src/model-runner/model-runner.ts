@@ -18,6 +18,8 @@ export interface KvGeometry {
   readonly blockBytes: number;
   /** What one token's K and V would take as f16, all layers. */
   readonly f16BytesPerToken: number;
+  /** Stored bits of one K or V element, scales, zeros and norms included. */
+  readonly bitsPerElement: number;
 }
 
 export interface RunnerLimits {
