@@ -1,0 +1,183 @@
+/**
+ * The scheduler: from a snapshot of sequences and free pages to the next step. Pure: no GPU, no I/O, no clock.
+ *
+ * Policy: oldest first. Every running sequence that decodes gets its row; what is left of the step's row budget goes to
+ * prefill chunks, oldest first, then to newly admitted sequences. A sequence is admitted only if the pages for its whole
+ * prefill are there. If pages run out, the youngest running sequence is preempted: its pages are dropped and it waits
+ * again. The oldest one is never preempted, so something always gets done.
+ */
+
+export interface SchedulerLimits {
+  /** R: chunks start at multiples of it, and pages are filled R tokens at a time. */
+  readonly residualTokens: number;
+  readonly blockTokens: number;
+  /** Rows of all prefill chunks of a step; at least R. */
+  readonly maxPrefillRows: number;
+  /** Sequences that run at once. */
+  readonly maxSequences: number;
+  /** While something decodes, this many steps without prefill lie between two steps with prefill. */
+  readonly decodeStepsPerPrefill: number;
+}
+
+/** A sequence with a slot. */
+export interface RunningView {
+  readonly id: string;
+  /** Tokens whose KV exists. */
+  readonly computed: number;
+  /** Tokens that go through prefill; the rest go through decode, one a step. */
+  readonly prefillEnd: number;
+  /** Pages it holds. */
+  readonly pages: number;
+  /** Of those, how many become available if it lets go. */
+  readonly ownPages: number;
+}
+
+/** A sequence that could start now. */
+export interface WaitingView {
+  readonly id: string;
+  readonly prefillEnd: number;
+  /** Pages of its prefix that the pool holds, in whole windows, less than its prefill. */
+  readonly hitPages: number;
+  /** Of those, how many count as available now. */
+  readonly hitAvailable: number;
+}
+
+export interface SchedulerSnapshot {
+  readonly limits: SchedulerLimits;
+  /** Oldest request first. */
+  readonly running: readonly RunningView[];
+  /** Oldest request first. */
+  readonly waiting: readonly WaitingView[];
+  readonly availablePages: number;
+  /** Steps since the last one with prefill. */
+  readonly stepsSincePrefill: number;
+}
+
+/** Tokens [start, end) of a sequence. */
+export interface PlannedChunk {
+  readonly id: string;
+  readonly start: number;
+  readonly end: number;
+}
+
+/** To be carried out in this order: preempt, admit (taking the hit pages), then allocate pages and run the rows. */
+export interface PlannedStep {
+  readonly preempt: readonly string[];
+  readonly admit: readonly string[];
+  readonly prefill: readonly PlannedChunk[];
+  readonly decode: readonly string[];
+}
+
+/** Pages that are full once `tokens` tokens are computed: whole windows of R only. */
+export function sealedPages(tokens: number, limits: Pick<SchedulerLimits, "residualTokens" | "blockTokens">): number {
+  return Math.floor(tokens / limits.residualTokens) * (limits.residualTokens / limits.blockTokens);
+}
+
+/** The next step; all lists empty if nothing can run. */
+export function planStep(snapshot: SchedulerSnapshot): PlannedStep {
+  const planner = new Planner(snapshot);
+  planner.serveRunning();
+  planner.admitWaiting();
+  return planner.plan;
+}
+
+class Planner {
+  readonly plan = {
+    preempt: [] as string[],
+    admit: [] as string[],
+    prefill: [] as PlannedChunk[],
+    decode: [] as string[],
+  };
+  readonly #snapshot: SchedulerSnapshot;
+  readonly #running: RunningView[];
+  #available: number;
+  #rows: number;
+  /** Pages that admitted prefills were promised and have not taken yet. */
+  #promised = 0;
+  #starved = false;
+
+  constructor(snapshot: SchedulerSnapshot) {
+    this.#snapshot = snapshot;
+    this.#running = [...snapshot.running];
+    this.#available = snapshot.availablePages;
+    const { limits } = snapshot;
+    const decoding = snapshot.running.some((sequence) => sequence.computed >= sequence.prefillEnd);
+    const prefillTurn = !decoding || snapshot.stepsSincePrefill >= limits.decodeStepsPerPrefill;
+    this.#rows = prefillTurn ? limits.maxPrefillRows : 0;
+  }
+
+  serveRunning(): void {
+    // The list shrinks at its end while it is walked: preemption takes the youngest.
+    for (let index = 0; index < this.#running.length; index++) {
+      const sequence = this.#running[index]!;
+      if (sequence.computed >= sequence.prefillEnd) this.#decode(sequence, index);
+      else this.#prefill(sequence, index);
+    }
+  }
+
+  admitWaiting(): void {
+    const { limits, waiting } = this.#snapshot;
+    if (this.#starved || this.plan.preempt.length > 0) return;
+    let slots = limits.maxSequences - this.#running.length;
+    for (const sequence of waiting) {
+      if (slots === 0 || this.#rows === 0) return;
+      const fresh = sealedPages(sequence.prefillEnd, limits) - sequence.hitPages;
+      // Nobody overtakes the first that does not fit: it would wait for ever behind smaller ones.
+      if (fresh + sequence.hitAvailable > this.#available - this.#promised) return;
+      const start = sequence.hitPages * limits.blockTokens;
+      const chunk = this.#chunk(sequence.id, start, sequence.prefillEnd);
+      if (chunk === undefined) return;
+      const now = sealedPages(chunk.end, limits) - sequence.hitPages;
+      this.#available -= now + sequence.hitAvailable;
+      this.#promised += fresh - now;
+      this.#rows -= chunk.end - chunk.start;
+      this.plan.admit.push(sequence.id);
+      this.plan.prefill.push(chunk);
+      slots -= 1;
+    }
+  }
+
+  #decode(sequence: RunningView, index: number): void {
+    const needed = sealedPages(sequence.computed + 1, this.#snapshot.limits) - sequence.pages;
+    if (this.#take(Math.max(0, needed), index)) this.plan.decode.push(sequence.id);
+  }
+
+  #prefill(sequence: RunningView, index: number): void {
+    const { limits } = this.#snapshot;
+    const chunk = this.#chunk(sequence.id, sequence.computed, sequence.prefillEnd);
+    const whole = sealedPages(sequence.prefillEnd, limits);
+    if (chunk === undefined) {
+      this.#promised += whole - sequence.pages;
+      return;
+    }
+    const after = sealedPages(chunk.end, limits);
+    if (!this.#take(after - sequence.pages, index)) return;
+    this.#promised += whole - after;
+    this.#rows -= chunk.end - chunk.start;
+    this.plan.prefill.push(chunk);
+  }
+
+  /** As many tokens as the row budget allows: up to the end, or else whole windows. */
+  #chunk(id: string, start: number, prefillEnd: number): PlannedChunk | undefined {
+    const { residualTokens } = this.#snapshot.limits;
+    const left = prefillEnd - start;
+    const tokens = left <= this.#rows ? left : Math.floor(this.#rows / residualTokens) * residualTokens;
+    return tokens === 0 ? undefined : { id, start, end: start + tokens };
+  }
+
+  /** Takes pages for the sequence at `index`, preempting younger ones; false if there are still too few. */
+  #take(pages: number, index: number): boolean {
+    while (pages > this.#available && this.#running.length > index + 1) {
+      const youngest = this.#running.pop()!;
+      this.plan.preempt.push(youngest.id);
+      this.#available += youngest.ownPages;
+    }
+    if (pages > this.#available) {
+      // It keeps its pages and tries again in the next step.
+      this.#starved = true;
+      return false;
+    }
+    this.#available -= pages;
+    return true;
+  }
+}
