@@ -110,7 +110,7 @@ export class OutputHead {
         });
       }
       queue.writeBuffer(slab.rowIndices, 0, this.#indices, 0, count);
-      queue.writeBuffer(slab.parameters, 0, this.#parameters, 0, count * SAMPLE_PARAMETER_BYTES);
+      queue.writeBuffer(slab.parameters, 0, this.#parameters.buffer, 0, count * SAMPLE_PARAMETER_BYTES);
     });
   }
 
