@@ -17,7 +17,7 @@ test.each(GGML_TYPES.filter((type) => type !== "F32" && type !== "BF16"))("%s de
 });
 
 test("F32 and BF16 are read as they are", () => {
-  const values = Float32Array.from([1, -2.5, 3.14159, 1e-30]);
+  const values = Float32Array.from([1, -2.5, 7.125, 1e-30]);
   expect(dequantizeGgml("F32", new Uint8Array(values.buffer), 4)).toEqual(values);
   const upper = Uint16Array.from([0x3f80, 0xc020, 0x0000, 0x7f80]);
   expect([...dequantizeGgml("BF16", new Uint8Array(upper.buffer), 4)]).toEqual([1, -2.5, 0, Number.POSITIVE_INFINITY]);

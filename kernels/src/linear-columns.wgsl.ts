@@ -3,10 +3,10 @@
  *
  * A thread owns `tileRows` rows × `tileColumns` outputs and walks K in order; lanes own neighbouring outputs. There is no
  * workgroup memory and no barrier: inputs are the same for all lanes of a workgroup, so the driver loads them once, and
- * each decoded weight is used for every row of the tile. Every output sees the same operations in the same order whatever
+ * each decoded weight is used for every row of the tile. Gathering a word costs this driver more than decoding it. Every output sees the same operations in the same order whatever
  * the tile, so the tile may follow the number of rows.
  */
-import { LINEAR_PARAMETERS } from "./linear-parameters.wgsl.ts";
+import { LINEAR_PARAMETERS, LINEAR_STORE } from "./linear-parameters.wgsl.ts";
 import { codeWordsPerGroup, scaleWordsPerGroup, type WeightEncoding } from "./weight-encoding.ts";
 
 export interface ColumnsTile {
@@ -34,7 +34,7 @@ function unpack(encoding: WeightEncoding, word: string): string[] {
   }
 }
 
-/** Statements that set `w{j}_{v}` (vec4f v of output j) from the words of step `i` of group `g`. */
+/** Statements that set `w{j}_{v}`, the vec4f `v` of output `j` in step `i` of group `g`. */
 function loadWeights(encoding: WeightEncoding, j: number): string {
   const at = (word: string) => `codes[(${word}) * n + n${j}]`;
   switch (encoding.format) {
@@ -73,40 +73,53 @@ function loadScales(encoding: WeightEncoding, j: number): string {
   }
 }
 
-/** vec4 of the input that vec4 `v` of step `i` meets, counted from the start of group `g`. */
+/** vec4 of the input that vec4 `v` of step `i` meets, counted from the start of the row. */
 function inputVector(encoding: WeightEncoding, v: number): string {
   return encoding.format === "q4" ? `g * 8u + i + ${v * 4}u` : `g * ${encoding.group / 4}u + i`;
 }
 
-/** Steps (code words, or vec4s of float weights) of one group. */
-function stepsPerGroup(encoding: WeightEncoding): number {
+/** Steps of one group: code words, or vec4s of float weights. */
+export function columnsSteps(encoding: WeightEncoding): number {
   return encoding.scales === "none" ? 1 : codeWordsPerGroup(encoding);
 }
 
+/** Adds the products of one step to the sums, one after the other. */
+function multiplyStep(encoding: WeightEncoding, tile: ColumnsTile): string[] {
+  const vectors = range(encoding.format === "q4" ? 2 : 1);
+  const addProduct = (m: number, j: number, v: number) => (total: string, c: string) =>
+    `(${total} + w${j}_${v}.${c} * x${m}_${v}.${c})`;
+  const sum = (m: number, j: number) =>
+    vectors.reduce((total, v) => ["x", "y", "z", "w"].reduce(addProduct(m, j, v), total), `a${m}_${j}`);
+  return range(tile.tileRows).flatMap((m) => [
+    ...vectors.map((v) => `let x${m}_${v} = input[row${m} + ${inputVector(encoding, v)}];`),
+    ...range(tile.tileColumns).map((j) => `a${m}_${j} = ${sum(m, j)};`),
+  ]);
+}
+
+/** The walk over group `g`. */
+function groupBody(encoding: WeightEncoding, tile: ColumnsTile): string {
+  const columns = range(tile.tileColumns);
+  const step = [...columns.map((j) => loadWeights(encoding, j)), ...multiplyStep(encoding, tile)].join("\n      ");
+  if (encoding.scales === "none") return `let i = 0u;\n      ${step}`;
+  // The bound of the inner loop comes from outside, or the driver would unroll it and spill registers.
+  return `${columns.map((j) => loadScales(encoding, j)).join("\n    ")}
+    for (var i = 0u; i < parameters.steps; i++) {
+      ${step}
+    }`;
+}
+
 /** WGSL of the kernel; grid: x tiles of outputs, y tiles of rows. */
-export function linearColumnsWgsl(encoding: WeightEncoding, tile: ColumnsTile, accumulate: boolean): string {
+export function linearColumnsWgsl(encoding: WeightEncoding, tile: ColumnsTile): string {
   const { lanes, tileRows, tileColumns } = tile;
   const rows = range(tileRows);
   const columns = range(tileColumns);
-  const vectors = range(encoding.format === "q4" ? 2 : 1);
-  const steps = stepsPerGroup(encoding);
-  const multiply = rows.flatMap((m) => [
-    ...vectors.map((v) => `let x${m}_${v} = input[row${m} + ${inputVector(encoding, v)}];`),
-    ...columns.map(
-      (j) =>
-        `a${m}_${j} = ${vectors.reduce(
-          (sum, v) => ["x", "y", "z", "w"].reduce((s, c) => `(${s} + w${j}_${v}.${c} * x${m}_${v}.${c})`, sum),
-          `a${m}_${j}`,
-        )};`,
-    ),
-  ]);
   return `requires immediate_address_space;
 ${LINEAR_PARAMETERS}
 @group(0) @binding(0) var<storage, read> input: array<vec4f>;
 @group(0) @binding(1) var<storage, read> codes: array<u32>;
 @group(0) @binding(2) var<storage, read> scales: array<u32>;
 @group(0) @binding(3) var<storage, read_write> output: array<f32>;
-
+${LINEAR_STORE}
 @compute @workgroup_size(${lanes})
 fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) lane: u32) {
   let n = parameters.n;
@@ -117,22 +130,13 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) la
   ${columns.map((j) => `let n${j} = min(firstColumn + ${j * lanes}u, n - 1u);`).join("\n  ")}
   ${rows.flatMap((m) => columns.map((j) => `var a${m}_${j} = 0.0;`)).join(" ")}
   for (var g = 0u; g < groups; g++) {
-    ${columns.map((j) => loadScales(encoding, j)).join("\n    ")}
-    for (var i = 0u; i < ${steps}u; i++) {
-      ${columns.map((j) => loadWeights(encoding, j)).join("\n      ")}
-      ${multiply.join("\n      ")}
-    }
+    ${groupBody(encoding, tile)}
   }
   ${rows
     .map(
       (m) => `if (firstRow + ${m}u < parameters.rows) {
     let at = (firstRow + ${m}u) * parameters.outputStride + parameters.outputOffset;
-    ${columns
-      .map((j) => {
-        const place = `output[at + n${j}]`;
-        return `if (firstColumn + ${j * lanes}u < n) { ${place} = ${accumulate ? `${place} + ` : ""}a${m}_${j}; }`;
-      })
-      .join("\n    ")}
+    ${columns.map((j) => `if (firstColumn + ${j * lanes}u < n) { store(at + n${j}, a${m}_${j}); }`).join("\n    ")}
   }`,
     )
     .join("\n  ")}

@@ -6,7 +6,7 @@
  * Products are accumulated with `fma` in one fixed order per output, so no result depends on the number of rows.
  */
 
-import { LINEAR_PARAMETERS } from "./linear-parameters.wgsl.ts";
+import { LINEAR_PARAMETERS, LINEAR_STORE } from "./linear-parameters.wgsl.ts";
 import { codeWordsPerGroup, type WeightEncoding } from "./weight-encoding.ts";
 
 function range(count: number): number[] {
@@ -18,7 +18,7 @@ const BINDINGS = (codesType: string) => `
 @group(0) @binding(1) var<storage, read> codes: array<${codesType}>;
 @group(0) @binding(2) var<storage, read> scales: array<u32>;
 @group(0) @binding(3) var<storage, read_write> output: array<f32>;
-`;
+${LINEAR_STORE}`;
 
 /** Columns of one vec4 of code words. */
 function columnsPerUnit(encoding: WeightEncoding): number {
@@ -106,12 +106,7 @@ function reduction(sums: readonly string[], subgroups: boolean): string {
 }
 
 /** Decode kernel; grid: x tiles of outputs, y tiles of rows. */
-export function linearRowsDecodeWgsl(
-  encoding: WeightEncoding,
-  tile: RowsDecodeTile,
-  accumulate: boolean,
-  subgroups: boolean,
-): string {
+export function linearRowsDecodeWgsl(encoding: WeightEncoding, tile: RowsDecodeTile, subgroups: boolean): string {
   const outputs = range(tile.outputs);
   const rows = range(tile.rows);
   const unit = columnsPerUnit(encoding);
@@ -174,8 +169,7 @@ fn main(
     if (m < parameters.rows && n < parameters.n) {
       var sum = 0.0;
       for (var other = 0u; other < slots; other++) { sum += shared_sums[other * ${sums.length}u + cell]; }
-      let at = m * parameters.outputStride + parameters.outputOffset + n;
-      output[at] = ${accumulate ? "output[at] + sum" : "sum"};
+      store(m * parameters.outputStride + parameters.outputOffset + n, sum);
     }
   }
 }
@@ -213,7 +207,7 @@ function stageWord(encoding: WeightEncoding): string {
 }
 
 /** Prefill kernel; grid: x tiles of 64 outputs, y tiles of 64 rows. */
-export function linearRowsPrefillWgsl(encoding: WeightEncoding, accumulate: boolean): string {
+export function linearRowsPrefillWgsl(encoding: WeightEncoding): string {
   const columnsPerWord = columnsPerUnit(encoding) / 4;
   const words = PREFILL_DEPTH / columnsPerWord;
   const four = range(4);
@@ -263,12 +257,9 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) la
   ${four
     .map(
       (m) => `if (firstRow + ty * 4u + ${m}u < parameters.rows) {
-    let at = (firstRow + ty * 4u + ${m}u) * parameters.outputStride + parameters.outputOffset;
+    let at = (firstRow + ty * 4u + ${m}u) * parameters.outputStride + parameters.outputOffset + firstOutput + tx * 4u;
     ${four
-      .map((j) => {
-        const place = `output[at + firstOutput + tx * 4u + ${j}u]`;
-        return `if (firstOutput + tx * 4u + ${j}u < parameters.n) { ${place} = ${accumulate ? `${place} + ` : ""}a${m}.${component[j]}; }`;
-      })
+      .map((j) => `if (firstOutput + tx * 4u + ${j}u < parameters.n) { store(at + ${j}u, a${m}.${component[j]}); }`)
       .join("\n    ")}
   }`,
     )

@@ -13,16 +13,16 @@ export interface LinearVariant {
 }
 
 const COLUMN_TILES: readonly { readonly rowsUpTo: number; readonly tile: ColumnsTile }[] = [
-  { rowsUpTo: 1, tile: { lanes: 8, tileRows: 1, tileColumns: 4 } },
-  { rowsUpTo: Number.POSITIVE_INFINITY, tile: { lanes: 8, tileRows: 8, tileColumns: 4 } },
+  { rowsUpTo: 1, tile: { lanes: 8, tileRows: 1, tileColumns: 8 } },
+  { rowsUpTo: Number.POSITIVE_INFINITY, tile: { lanes: 8, tileRows: 4, tileColumns: 8 } },
 ];
 
-function columnsVariants(weight: LinearWeight, maxRows: number, accumulate: boolean): LinearVariant[] {
+function columnsVariants(weight: LinearWeight, maxRows: number): LinearVariant[] {
   const { encoding } = weight;
   const needed = COLUMN_TILES.filter((_, index) => index === 0 || maxRows > (COLUMN_TILES[index - 1]?.rowsUpTo ?? 0));
   return needed.map(({ rowsUpTo, tile }) => ({
     label: `linear ${encoding.format} ${encoding.scales} ${encoding.group} ${tile.tileRows}x${tile.tileColumns}`,
-    code: linearColumnsWgsl(encoding, tile, accumulate),
+    code: linearColumnsWgsl(encoding, tile),
     rowsUpTo,
     grid: (rows) => [Math.ceil(weight.rows / (tile.lanes * tile.tileColumns)), Math.ceil(rows / tile.tileRows)],
   }));
@@ -31,21 +31,21 @@ function columnsVariants(weight: LinearWeight, maxRows: number, accumulate: bool
 const DECODE_ROWS: readonly number[] = [1, 4];
 const DECODE_OUTPUTS = 4;
 
-function rowsDecodeVariants(gpu: Gpu, weight: LinearWeight, maxRows: number, accumulate: boolean): LinearVariant[] {
+function rowsDecodeVariants(gpu: Gpu, weight: LinearWeight, maxRows: number): LinearVariant[] {
   const { encoding } = weight;
   return DECODE_ROWS.slice(0, maxRows > 1 ? 2 : 1).map((rows) => ({
     label: `linear decode ${encoding.format} ${encoding.scales} ${encoding.group} x${rows}`,
-    code: linearRowsDecodeWgsl(encoding, { outputs: DECODE_OUTPUTS, rows }, accumulate, gpu.features.subgroups),
+    code: linearRowsDecodeWgsl(encoding, { outputs: DECODE_OUTPUTS, rows }, gpu.features.subgroups),
     rowsUpTo: rows,
     grid: (count) => [Math.ceil(weight.rows / DECODE_OUTPUTS), Math.ceil(count / rows)],
   }));
 }
 
-function rowsPrefillVariant(weight: LinearWeight, accumulate: boolean): LinearVariant {
+function rowsPrefillVariant(weight: LinearWeight): LinearVariant {
   const { encoding } = weight;
   return {
     label: `linear prefill ${encoding.format} ${encoding.scales} ${encoding.group}`,
-    code: linearRowsPrefillWgsl(encoding, accumulate),
+    code: linearRowsPrefillWgsl(encoding),
     rowsUpTo: Number.POSITIVE_INFINITY,
     grid: (count) => [Math.ceil(weight.rows / ROWS_PREFILL_TILE), Math.ceil(count / ROWS_PREFILL_TILE)],
   };
@@ -57,13 +57,10 @@ export function linearVariants(
   weight: LinearWeight,
   phase: "prefill" | "decode",
   maxRows: number,
-  accumulate: boolean,
 ): readonly LinearVariant[] {
   if ((gpu.profile === "software") !== (weight.layout === "columns")) {
     throw new RangeError(`${weight.label}: layout ${weight.layout} does not belong to profile ${gpu.profile}`);
   }
-  if (weight.layout === "columns") return columnsVariants(weight, maxRows, accumulate);
-  return phase === "prefill"
-    ? [rowsPrefillVariant(weight, accumulate)]
-    : rowsDecodeVariants(gpu, weight, maxRows, accumulate);
+  if (weight.layout === "columns") return columnsVariants(weight, maxRows);
+  return phase === "prefill" ? [rowsPrefillVariant(weight)] : rowsDecodeVariants(gpu, weight, maxRows);
 }

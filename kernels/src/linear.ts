@@ -6,6 +6,7 @@
 import type { Gpu } from "./device.ts";
 import type { Kernel } from "./kernel.ts";
 import { cachedKernel } from "./kernel-cache.ts";
+import { columnsSteps } from "./linear-columns.wgsl.ts";
 import { LINEAR_IMMEDIATE_BYTES } from "./linear-parameters.wgsl.ts";
 import { type LinearVariant, linearVariants } from "./linear-variant.ts";
 import type { LinearWeight } from "./linear-weight.ts";
@@ -50,11 +51,11 @@ interface CompiledVariant {
  * @throws RangeError for `maxRows` outside 1 … 65535 or a weight laid out for another profile.
  */
 export async function createLinear(gpu: Gpu, descriptor: LinearDescriptor): Promise<Linear> {
-  const { weight, phase, maxRows, accumulate } = descriptor;
+  const { weight, phase, maxRows } = descriptor;
   if (!Number.isInteger(maxRows) || maxRows < 1 || maxRows > 65535) {
     throw new RangeError(`${weight.label}: maxRows ${maxRows}, must be 1 … 65535`);
   }
-  const variants = linearVariants(gpu, weight, phase, maxRows, accumulate);
+  const variants = linearVariants(gpu, weight, phase, maxRows);
   const compiled = await Promise.all(
     variants.map(async (variant): Promise<CompiledVariant> => {
       const kernel = await cachedKernel(gpu, {
@@ -66,12 +67,11 @@ export async function createLinear(gpu: Gpu, descriptor: LinearDescriptor): Prom
       return { variant, kernel };
     }),
   );
-  return { bind: (buffers) => bindLinear(weight, maxRows, compiled, buffers) };
+  return { bind: (buffers) => bindLinear(descriptor, compiled, buffers) };
 }
 
 function bindLinear(
-  weight: LinearWeight,
-  maxRows: number,
+  { weight, maxRows, accumulate }: LinearDescriptor,
   compiled: readonly CompiledVariant[],
   buffers: LinearBuffers,
 ): BoundLinear {
@@ -86,7 +86,15 @@ function bindLinear(
     kernel: kernel.bind([buffers.input, weight.codes, weight.scales, buffers.output]),
   }));
   const immediates = new Uint32Array(LINEAR_IMMEDIATE_BYTES / 4);
-  immediates.set([0, weight.rows, weight.columns, outputStride, outputOffset]);
+  immediates.set([
+    0,
+    weight.rows,
+    weight.columns,
+    outputStride,
+    outputOffset,
+    columnsSteps(weight.encoding),
+    accumulate ? 1 : 0,
+  ]);
   return {
     encode(pass, rows) {
       if (!Number.isInteger(rows) || rows < 1 || rows > maxRows) {
