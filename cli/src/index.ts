@@ -1,1 +1,2 @@
-export async function main(_: string[]): Promise<number> { return 0; }
+/** The `kivimesh` command. */
+export { main } from "./main.ts";

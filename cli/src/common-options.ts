@@ -1,0 +1,93 @@
+/** Options that several commands share, under one name and with one meaning. */
+import { KV_FORMAT_NAMES } from "@kivimesh/kernels";
+import type { EngineConfig, Numerics } from "@kivimesh/worker";
+import type { Command } from "commander";
+import { DEFAULT_MODEL } from "./model/known-models.ts";
+import { resolveModel } from "./model/model-source.ts";
+import { bytes, integer, option } from "./option-values.ts";
+
+export interface ModelOptions {
+  readonly model: string;
+  readonly loadFormat: "auto" | "dummy";
+  readonly architecture?: string;
+  readonly seed?: number;
+}
+
+/** Which model, from where. */
+export function addModelOptions(command: Command): Command {
+  return command
+    .addOption(
+      option("-m, --model <model>", "a known name, hf:owner/repository[/file.gguf], a .gguf file or a folder").default(
+        DEFAULT_MODEL,
+      ),
+    )
+    .addOption(
+      option("--load-format <format>", "auto: the model's weights; dummy: random ones of --architecture")
+        .choices(["auto", "dummy"])
+        .default("auto"),
+    )
+    .addOption(
+      option("--architecture <name>", "with --load-format dummy: its shape, such as tiny-llama or llama-3.1-8b"),
+    );
+}
+
+export interface EngineOptions {
+  readonly kvFormat?: string;
+  readonly kvBytes?: number;
+  readonly maxSequences?: number;
+  readonly maxPrefillRows?: number;
+  readonly maxContextTokens?: number;
+  readonly blockTokens?: number;
+  readonly residualTokens?: number;
+  readonly numerics?: Numerics;
+  readonly gpuAdapter?: string;
+}
+
+/** How the engine runs it. */
+export function addEngineOptions(command: Command): Command {
+  return command
+    .addOption(
+      option("--kv-format <format>", "how sealed KV blocks are quantized (default: kivi2r)").choices(KV_FORMAT_NAMES),
+    )
+    .addOption(option("--kv-bytes <bytes>", "GPU memory for sealed KV blocks, such as 512MiB").argParser(bytes))
+    .addOption(option("--max-sequences <n>", "sequences that run at once").argParser(integer(1, 1024)))
+    .addOption(option("--max-prefill-rows <n>", "prompt tokens of one step").argParser(integer(1)))
+    .addOption(option("--max-context-tokens <n>", "longest sequence").argParser(integer(1)))
+    .addOption(option("--block-tokens <n>", "tokens of a KV block (default: 128)").argParser(integer(1)))
+    .addOption(option("--residual-tokens <n>", "newest tokens kept as f16 (default: 128)").argParser(integer(1)))
+    .addOption(
+      option(
+        "--numerics <mode>",
+        "invariant: results depend on nothing but the request; fast: equal up to rounding",
+      ).choices(["invariant", "fast"]),
+    )
+    .addOption(option("--gpu-adapter <name>", "part of the GPU's name, where there are several"));
+}
+
+/** What the engine is to load. @throws ClusterError where the model is not on this machine. */
+export async function modelConfig(
+  options: ModelOptions,
+): Promise<Pick<EngineConfig, "modelPath" | "dummyArchitecture" | "modelName">> {
+  if (options.loadFormat === "dummy") {
+    return { dummyArchitecture: options.architecture ?? "tiny-llama", modelName: options.architecture ?? "tiny-llama" };
+  }
+  const { path, name } = await resolveModel(options.model);
+  return { modelPath: path, modelName: name };
+}
+
+/** The engine's configuration of those options; what was not given is left out. */
+export function engineConfig(options: EngineOptions): EngineConfig {
+  const { kvFormat, kvBytes, maxSequences, maxPrefillRows, maxContextTokens } = options;
+  const { blockTokens, residualTokens, numerics, gpuAdapter } = options;
+  return {
+    kvFormat,
+    kvBytes,
+    maxSequences,
+    maxPrefillRows,
+    maxContextTokens,
+    blockTokens,
+    residualTokens,
+    numerics,
+    gpuAdapter,
+  };
+}
