@@ -76,8 +76,8 @@ const codeOfStatus: Partial<Record<Status, ErrorCode>> = {
   [Status.NOT_FOUND]: "NOT_FOUND",
   [Status.UNAUTHENTICATED]: "UNAUTHENTICATED",
   [Status.PERMISSION_DENIED]: "UNAUTHENTICATED",
-  // grpc-js reports a message over the receive limit with this status.
-  [Status.RESOURCE_EXHAUSTED]: "QUEUE_FULL",
+  // Ours name their code; a bare one is grpc-js's answer to a message over the limit.
+  [Status.RESOURCE_EXHAUSTED]: "REQUEST_TOO_LARGE",
   [Status.FAILED_PRECONDITION]: "MODEL_MISMATCH",
   [Status.DATA_LOSS]: "KV_BLOCK_CORRUPT",
   [Status.UNAVAILABLE]: "UNAVAILABLE",

@@ -1,7 +1,9 @@
 import { fromBinary, toBinary } from "@bufbuild/protobuf";
+import { WaitingError } from "bullmq";
 import { ClusterError } from "./errors.ts";
 import { type GenerateJob, GenerateJobSchema } from "./gen/kivimesh/v1/worker_pb.ts";
 import type { Logger } from "./logging.ts";
+import { plainBytes } from "./plain-bytes.ts";
 
 export interface QueueCounts {
   waiting: number;
@@ -26,7 +28,7 @@ export interface JobConsumer {
 export interface JobQueues {
   /** Lower `priority` runs first; 0 (the default) before all others. The same request and epoch is queued once. */
   enqueue(workerId: string, job: GenerateJob, options?: { priority?: number }): Promise<void>;
-  /** Removes the job if it still waits; tells whether it did. */
+  /** Removes the job if it still waits; tells whether it did. A job that runs is left alone. */
   remove(workerId: string, requestId: string, epoch: number): Promise<boolean>;
   counts(workerId: string): Promise<QueueCounts>;
   consume(workerId: string, handler: JobHandler, options: { concurrency: number }): Promise<JobConsumer>;
@@ -52,6 +54,7 @@ interface QueuedJob {
 /** What is used of a BullMQ Queue, whatever its backend. */
 export interface BackedQueue {
   add(name: string, data: QueuedJob, options: { jobId: string; priority: number }): Promise<unknown>;
+  getJob(jobId: string): Promise<unknown>;
   remove(jobId: string): Promise<number>;
   getJobCounts(...states: ("waiting" | "prioritized" | "active")[]): Promise<Record<string, number>>;
   on(event: "error", listener: (error: Error) => void): unknown;
@@ -67,10 +70,16 @@ export interface BackedWorker {
   on(event: "failed", listener: (job: { id?: string | undefined } | undefined, error: Error) => void): unknown;
 }
 
+/** What is used of a BullMQ Job. */
+export interface BackedJob {
+  data: QueuedJob;
+  moveToWait(token?: string): Promise<unknown>;
+}
+
 /** How to reach the store behind BullMQ: one implementation for each backend. */
 export interface QueueStore {
   queue(name: string): BackedQueue;
-  worker(name: string, processor: (job: { data: QueuedJob }) => Promise<void>, concurrency: number): BackedWorker;
+  worker(name: string, processor: (job: BackedJob, token?: string) => Promise<void>, concurrency: number): BackedWorker;
   ping(): Promise<unknown>;
   close(): Promise<void>;
 }
@@ -109,8 +118,10 @@ export function jobQueuesOver(store: QueueStore, logger: Logger): JobQueues {
       await withinDeadline(queueOf(workerId).add("generate", data, { jobId, priority }));
     },
     async remove(workerId, requestId, epoch) {
-      const removed = await withinDeadline(queueOf(workerId).remove(jobIdOf(requestId, epoch)));
-      return removed === 1;
+      const queue = queueOf(workerId);
+      const jobId = jobIdOf(requestId, epoch);
+      // BullMQ answers 1 for a job that is not there, and 0 for one that runs.
+      return (await withinDeadline(queue.getJob(jobId))) != null && (await withinDeadline(queue.remove(jobId))) === 1;
     },
     async counts(workerId) {
       const counts = await withinDeadline(queueOf(workerId).getJobCounts("waiting", "prioritized", "active"));
@@ -147,11 +158,17 @@ async function openConsumer(
   logger: Logger,
 ): Promise<JobConsumer> {
   const running = new Set<AbortController>();
-  const run = async (queued: { data: QueuedJob }): Promise<void> => {
+  let accepting = true;
+  const run = async (queued: BackedJob, token?: string): Promise<void> => {
+    if (!accepting) {
+      // BullMQ was already waiting for a job when it was paused, and took one more.
+      await queued.moveToWait(token);
+      throw new WaitingError();
+    }
     const abort = new AbortController();
     running.add(abort);
     try {
-      await handler(fromBinary(GenerateJobSchema, Buffer.from(queued.data.job, "base64")), abort.signal);
+      await handler(fromBinary(GenerateJobSchema, plainBytes(Buffer.from(queued.data.job, "base64"))), abort.signal);
     } finally {
       running.delete(abort);
     }
@@ -166,8 +183,12 @@ async function openConsumer(
     throw error;
   }
   return {
-    pause: () => worker.pause(true),
+    async pause() {
+      accepting = false;
+      await worker.pause(true);
+    },
     async close() {
+      accepting = false;
       for (const abort of running) {
         abort.abort();
       }

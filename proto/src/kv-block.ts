@@ -2,6 +2,7 @@ import { crc32 } from "node:zlib";
 import { create } from "@bufbuild/protobuf";
 import { ClusterError } from "./errors.ts";
 import { type KvBlockHeader, KvBlockHeader_Provenance, KvBlockHeaderSchema } from "./gen/kivimesh/v1/kv_block_pb.ts";
+import { plainBytes } from "./plain-bytes.ts";
 import { blockIdBytes, hex } from "./prefix-hash.ts";
 
 /** "KVM1", little-endian. */
@@ -202,7 +203,7 @@ class PendingBlock {
     }
     this.#header = header;
     // Every byte is written before `complete` hands the payload over.
-    this.#payload = Buffer.allocUnsafeSlow(Number(header.payloadBytes));
+    this.#payload = plainBytes(Buffer.allocUnsafeSlow(Number(header.payloadBytes)));
   }
 
   append(chunk: Uint8Array): void {

@@ -1,4 +1,4 @@
-import type { Announcement, Member, Membership, MemberRole } from "./membership.ts";
+import type { Announcement, Member, MemberRole, Membership } from "./membership.ts";
 
 /** Membership inside one process: who announced and did not withdraw. Members end with the process, so nothing expires. */
 export function localMembership(): Membership {

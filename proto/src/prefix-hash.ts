@@ -1,5 +1,6 @@
 import { createHash, createHmac } from "node:crypto";
 import { ClusterError } from "./errors.ts";
+import { plainBytes } from "./plain-bytes.ts";
 
 /** Bytes of every block id, chain root, model digest and tenant namespace. */
 export const blockIdBytes = 32;
@@ -31,12 +32,12 @@ export function chainRoot(parts: ChainRootParts): Uint8Array {
   view.setUint32(0, uint32(parts.formatId, "formatId"), true);
   view.setUint32(4, positive(parts.blockTokens, "blockTokens"), true);
   view.setUint32(8, positive(parts.residualTokens, "residualTokens"), true);
-  return createHash("sha256")
+  const hash = createHash("sha256")
     .update("kivimesh/chain/1", "ascii")
     .update(digest(parts.modelDigest, "modelDigest"))
     .update(numbers)
-    .update(digest(parts.tenantNamespace, "tenantNamespace"))
-    .digest();
+    .update(digest(parts.tenantNamespace, "tenantNamespace"));
+  return plainBytes(hash.digest());
 }
 
 /**
@@ -53,7 +54,7 @@ export function blockIds(root: Uint8Array, tokens: ArrayLike<number>, blockToken
     for (let index = 0; index < blockTokens; index++) {
       view.setUint32(index * 4, uint32(tokens[start + index], "token"), true);
     }
-    parent = createHash("sha256").update(parent).update(bytes).digest();
+    parent = plainBytes(createHash("sha256").update(parent).update(bytes).digest());
     ids.push(parent);
   }
   return ids;
@@ -72,7 +73,7 @@ export function tenantNamespace(secret: string | Uint8Array, tenant: string, sal
   if (tenant.includes("\0")) {
     throw new ClusterError("INVALID_ARGUMENT", "a tenant name must not contain a NUL character");
   }
-  return createHmac("sha256", secret).update(`${tenant}\0${salt}`, "utf8").digest();
+  return plainBytes(createHmac("sha256", secret).update(`${tenant}\0${salt}`, "utf8").digest());
 }
 
 /** Lower-case hex of an id, for logs, keys and maps. */

@@ -1,7 +1,7 @@
 import { Redis } from "ioredis";
 import { z } from "zod";
 import { createLogger, type Logger } from "./logging.ts";
-import { type Announcement, type Member, type Membership, type MemberRole, memberTtlMs } from "./membership.ts";
+import { type Announcement, type Member, type MemberRole, type Membership, memberTtlMs } from "./membership.ts";
 
 /** How often watchers look, in milliseconds. */
 const watchIntervalMs = 250;
@@ -105,12 +105,7 @@ function toMember(value: string): Member {
   return modelDigestHex === undefined ? rest : { ...rest, modelDigestHex };
 }
 
-function watchIn(
-  redis: Redis,
-  role: MemberRole,
-  callback: (members: Member[]) => void,
-  logger: Logger,
-): () => void {
+function watchIn(redis: Redis, role: MemberRole, callback: (members: Member[]) => void, logger: Logger): () => void {
   let last: string | undefined;
   let stopped = false;
   let timer: NodeJS.Timeout | undefined;

@@ -8,6 +8,7 @@ import {
 } from "@bufbuild/protobuf";
 import type { GenService, GenServiceMethods } from "@bufbuild/protobuf/codegenv2";
 import type { MethodDefinition, RawServiceImplementation } from "nice-grpc";
+import { plainBytes } from "./plain-bytes.ts";
 
 type StreamsRequest = { unary: false; server_streaming: false; client_streaming: true; bidi_streaming: true };
 type StreamsResponse = { unary: false; server_streaming: true; client_streaming: false; bidi_streaming: true };
@@ -50,6 +51,6 @@ export function serviceDefinition<D extends ServiceDescriptor>(descriptor: D): G
 function codec(side: "request" | "response", message: DescMessage) {
   return {
     [`${side}Serialize`]: (value: MessageInitShape<DescMessage>) => toBinary(message, create(message, value)),
-    [`${side}Deserialize`]: (bytes: Uint8Array) => fromBinary(message, bytes),
+    [`${side}Deserialize`]: (bytes: Uint8Array) => fromBinary(message, plainBytes(bytes)),
   };
 }
