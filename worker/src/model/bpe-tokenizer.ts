@@ -27,7 +27,8 @@ function wordPattern(digits: string): string {
 const LLAMA3: PreTokenizer = { steps: [split(wordPattern("\\p{N}{1,3}")), byteLevel(false)], ignoreMerges: true };
 const QWEN2: PreTokenizer = { steps: [split(wordPattern("\\p{N}")), byteLevel(false)] };
 const GPT2: PreTokenizer = { steps: [byteLevel(true)] };
-const SMOLLM: PreTokenizer = { steps: [{ type: "Digits", individual_digits: true }, byteLevel(true)] };
+// Not the Digits step of tokenizer.json: implementations differ on digits beyond ASCII.
+const SMOLLM: PreTokenizer = { steps: [split("\\p{N}"), byteLevel(true)] };
 
 /** By the name in `tokenizer.ggml.pre`. */
 const PRE_TOKENIZERS: ReadonlyMap<string, PreTokenizer> = new Map([
