@@ -1,4 +1,4 @@
-import { ClusterError, isLoopback, type TlsFiles } from "@kivimesh/proto";
+import { ClusterError, isLoopback, type LogLevel, type TlsFiles } from "@kivimesh/proto";
 import { z } from "zod";
 
 /** Secret of clusters that never leave loopback; any other listener has to be given one. */
@@ -62,7 +62,7 @@ export interface GatewayConfig {
   /** Key of the tenant namespaces in block ids: equal at all gateways, for as long as blocks are to be found again. */
   clusterSecret?: string;
   /** pino level. Default "info". */
-  logLevel?: string;
+  logLevel?: LogLevel;
   limits?: Partial<GatewayLimits>;
 }
 
@@ -75,18 +75,19 @@ export interface ResolvedGatewayConfig {
   readonly tls: TlsFiles | undefined;
   readonly allowInsecure: boolean;
   readonly clusterSecret: string;
-  readonly logLevel: string;
+  readonly logLevel: LogLevel;
   readonly limits: GatewayLimits;
 }
 
 const positive = z.number().int().min(1);
+const logLevel = z.enum(["trace", "debug", "info", "warn", "error", "fatal", "silent"]);
 const port = z.number().int().min(0).max(65_535);
 const configSchema = z.object({
   host: z.string().min(1),
   httpPort: port,
   grpcPort: port,
   clusterSecret: z.string().min(8, "must have at least 8 characters"),
-  logLevel: z.enum(["trace", "debug", "info", "warn", "error", "fatal", "silent"]),
+  logLevel,
   limits: z.record(z.string(), positive),
 });
 
@@ -129,7 +130,7 @@ const environmentSchema = z.object({
   KIVIMESH_GRPC_PORT: z.coerce.number().pipe(port).optional(),
   KIVIMESH_CLUSTER_SECRET: z.string().optional(),
   KIVIMESH_ALLOW_INSECURE: z.enum(["0", "1", "true", "false"]).optional(),
-  KIVIMESH_LOG_LEVEL: z.string().optional(),
+  KIVIMESH_LOG_LEVEL: logLevel.optional(),
   KIVIMESH_MAX_REQUESTS: z.coerce.number().pipe(positive).optional(),
   KIVIMESH_MAX_QUEUED_JOBS: z.coerce.number().pipe(positive).optional(),
 });
@@ -153,6 +154,7 @@ export function gatewayConfigFromEnvironment(environment: Record<string, string 
     ...defined("httpPort", values.KIVIMESH_HTTP_PORT),
     ...defined("grpcPort", values.KIVIMESH_GRPC_PORT),
     ...defined("clusterSecret", values.KIVIMESH_CLUSTER_SECRET),
+    ...defined("logLevel", values.KIVIMESH_LOG_LEVEL),
     ...defined("logLevel", values.KIVIMESH_LOG_LEVEL),
     allowInsecure: values.KIVIMESH_ALLOW_INSECURE === "1" || values.KIVIMESH_ALLOW_INSECURE === "true",
     limits,

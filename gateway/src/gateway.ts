@@ -1,7 +1,29 @@
-import type { JobQueues, Membership } from "@kivimesh/proto";
-import type { GatewayConfig } from "./config.ts";
+import { randomUUID } from "node:crypto";
+import {
+  assertSecureListener,
+  createLogger,
+  hostAndPort,
+  type JobQueues,
+  type Logger,
+  type Membership,
+  serveGrpc,
+} from "@kivimesh/proto";
+import { type GatewayConfig, gatewayConfig, type ResolvedGatewayConfig } from "./config.ts";
+import { Coordinator } from "./coordinator.ts";
+import { dashboardState, readDashboardPage } from "./dashboard.ts";
+import { httpServer } from "./http-server.ts";
+import { inferenceService } from "./inference-service.ts";
+import { GatewayMetrics } from "./metrics.ts";
+import { QueueMonitor } from "./queue-monitor.ts";
+import { TextGenerator } from "./text-generation.ts";
+import { WorkerRegistry } from "./worker-registry.ts";
 
-/** What a gateway shares with the rest of the cluster. The caller owns and closes both, after the gateway. */
+/** How often readiness is told to gRPC health checks. */
+const healthEveryMs = 250;
+/** What running gRPC calls get to end after the coordinator has ended their requests. */
+const closeGraceMs = 1_000;
+
+/** What a gateway shares with the rest of the cluster. The caller owns both and closes them after the gateway. */
 export interface GatewaySeams {
   jobQueues: JobQueues;
   membership: Membership;
@@ -22,7 +44,128 @@ export interface Gateway {
   close(): Promise<void>;
 }
 
-/** Starts the HTTP and gRPC listeners and follows the workers that `membership` names. */
-export async function startGateway(_config: GatewayConfig, _seams: GatewaySeams): Promise<Gateway> {
-  throw new Error("not implemented");
+/**
+ * Starts the HTTP and gRPC listeners and follows the workers that `membership` names. Throws INVALID_ARGUMENT for a
+ * configuration that is not allowed (a listener in the clear that others can reach, for one) or a port that is taken.
+ */
+export async function startGateway(config: GatewayConfig, seams: GatewaySeams): Promise<Gateway> {
+  const resolved = gatewayConfig(config, randomUUID);
+  assertSecureListener({
+    host: resolved.host,
+    allowInsecure: resolved.allowInsecure,
+    ...(resolved.tls === undefined ? {} : { tls: resolved.tls }),
+  });
+  const log = createLogger("gateway", resolved.logLevel);
+  const parts = composeGateway(resolved, seams, log);
+  return listen(resolved, parts, log);
+}
+
+interface GatewayParts {
+  readonly metrics: GatewayMetrics;
+  readonly registry: WorkerRegistry;
+  readonly monitor: QueueMonitor;
+  readonly coordinator: Coordinator;
+  readonly generator: TextGenerator;
+}
+
+function composeGateway(config: ResolvedGatewayConfig, seams: GatewaySeams, log: Logger): GatewayParts {
+  const { id: gatewayId, limits, tls } = config;
+  const { jobQueues, membership } = seams;
+  const metrics = new GatewayMetrics();
+  const registry = new WorkerRegistry({
+    gatewayId,
+    tls,
+    limits,
+    log,
+    membership,
+    // Registry and coordinator know each other; events come only after `start`.
+    events: {
+      joined: () => undefined,
+      tokens: (workerId, message) => coordinator.tokens(workerId, message),
+      finished: (workerId, message) => coordinator.finished(workerId, message),
+      lost: (workerId, reason) => coordinator.lost(workerId, reason),
+      busy: (workerId) => coordinator.busy(workerId),
+    },
+  });
+  const liveIds = () => registry.live().map((worker) => worker.id);
+  const monitor = new QueueMonitor(jobQueues, liveIds, limits.queueTimeoutMs, log);
+  const coordinator = new Coordinator({ gatewayId, jobQueues, registry, monitor, limits, log, observer: metrics });
+  const generator = new TextGenerator({
+    coordinator,
+    catalogue: registry.catalogue,
+    clusterSecret: config.clusterSecret,
+    maxCompletionTokens: limits.maxCompletionTokens,
+  });
+  metrics.watch({ registry, coordinator, monitor }, true);
+  return { metrics, registry, monitor, coordinator, generator };
+}
+
+async function listen(config: ResolvedGatewayConfig, parts: GatewayParts, log: Logger): Promise<Gateway> {
+  const { metrics, registry, monitor, coordinator, generator } = parts;
+  const http = httpServer({
+    config,
+    generator,
+    log,
+    models: () => registry.servedModels(),
+    model: (name) => registry.catalogue.get(name),
+    notReady: () => notReady(parts),
+    metrics: async () => ({ contentType: metrics.registry.contentType, text: await metrics.registry.metrics() }),
+    dashboardPage: readDashboardPage(),
+    dashboardState: async () => dashboardState(registry, coordinator, monitor, metrics.totals()),
+  });
+  const service = inferenceService(
+    generator,
+    () => registry.servedModels(),
+    (requestId) => coordinator.cancelById(requestId),
+  );
+  const grpc = await serveGrpc({
+    host: config.host,
+    port: config.grpcPort,
+    services: [service],
+    allowInsecure: config.allowInsecure,
+    onInternalError: (error, method) => log.error({ err: error, method }, "internal error"),
+    ...(config.tls === undefined ? {} : { tls: config.tls }),
+  });
+  try {
+    await http.listen({ host: config.host, port: config.httpPort });
+  } catch (error) {
+    await grpc.shutdown(0);
+    throw error;
+  }
+  registry.start();
+  await monitor.start();
+  const health = setInterval(() => grpc.setServing(notReady(parts) === undefined), healthEveryMs);
+  const drain = async (graceMs: number) => {
+    const ended = coordinator.drain(graceMs);
+    grpc.setServing(false);
+    await ended;
+    clearInterval(health);
+    await Promise.all([http.close(), grpc.shutdown(closeGraceMs)]);
+    monitor.close();
+    registry.close();
+    log.info("gateway closed");
+  };
+  const address = http.server.address();
+  const httpUrl = `${config.tls === undefined ? "http" : "https"}://${hostAndPort(config.host, typeof address === "object" ? (address?.port ?? 0) : config.httpPort)}`;
+  log.info({ id: config.id, http: httpUrl, grpc: grpc.address }, "gateway listens");
+  let closing: Promise<void> | undefined;
+  return {
+    id: config.id,
+    httpUrl,
+    grpcAddress: grpc.address,
+    ready: () => notReady(parts) === undefined,
+    drain: (graceMs) => (closing ??= drain(graceMs)),
+    close: () => (closing ??= drain(0)),
+  };
+}
+
+/** Why a request would not be served now. */
+function notReady({ coordinator, monitor, registry }: GatewayParts): string | undefined {
+  if (coordinator.draining) {
+    return "the gateway is shutting down";
+  }
+  if (!monitor.healthy) {
+    return "the job queue does not answer";
+  }
+  return registry.live().length === 0 ? "no worker is connected" : undefined;
 }

@@ -1,0 +1,287 @@
+/** What clients see when parts of the cluster fail, drain or overflow. */
+import { setTimeout as delay } from "node:timers/promises";
+import { redisJobQueues, redisMembership } from "@kivimesh/proto";
+import { type RedisServer, startRedis } from "@kivimesh/proto/testing";
+import OpenAI from "openai";
+import { afterEach, describe, expect, it } from "vitest";
+import type { GatewayConfig } from "./config.ts";
+import { type Gateway, startGateway } from "./gateway.ts";
+import { metric, TestCluster, until } from "./testing/cluster.ts";
+
+const answer = "The quick 🦊 jumps over the lazy dog, and then it does so again.";
+const messages = [{ role: "user" as const, content: "hi" }];
+
+let cluster: TestCluster | undefined;
+
+afterEach(async () => {
+  await cluster?.[Symbol.asyncDispose]();
+  cluster = undefined;
+});
+
+/** Workers of these ids, in that order of preference for an idle cluster, and a gateway. */
+async function start(ids: readonly string[], config: GatewayConfig = {}) {
+  cluster = await TestCluster.start();
+  const workers = [];
+  for (const id of ids) workers.push(await cluster.worker(id, { behaviour: { answer } }));
+  const gateway = await cluster.gateway(config);
+  return { cluster, workers, gateway };
+}
+
+function client(gateway: Gateway): OpenAI {
+  return new OpenAI({ baseURL: `${gateway.httpUrl}/v1`, apiKey: "unused", maxRetries: 0 });
+}
+
+/** Streams a chat. `text` grows while it runs. */
+function stream(gateway: Gateway, options: { signal?: AbortSignal; pin?: string } = {}) {
+  const state = { text: "", usage: undefined as OpenAI.CompletionUsage | undefined, reason: "" };
+  const headers = options.pin === undefined ? {} : { "x-kivimesh-worker": options.pin };
+  const done = (async () => {
+    const chunks = await client(gateway).chat.completions.create(
+      { model: "scripted", messages, stream: true, stream_options: { include_usage: true } },
+      { headers, ...(options.signal === undefined ? {} : { signal: options.signal }) },
+    );
+    for await (const chunk of chunks) {
+      state.text += chunk.choices[0]?.delta.content ?? "";
+      state.reason = chunk.choices[0]?.finish_reason ?? state.reason;
+      state.usage = chunk.usage ?? state.usage;
+    }
+  })();
+  done.catch(() => undefined);
+  return { state, done };
+}
+
+function ask(gateway: Gateway): Promise<Response> {
+  return fetch(`${gateway.httpUrl}/v1/chat/completions`, {
+    method: "POST",
+    headers: { "content-type": "application/json" },
+    body: JSON.stringify({ model: "scripted", messages }),
+  });
+}
+
+async function codeOf(response: Response): Promise<string> {
+  return ((await response.json()) as { error: { code: string } }).error.code;
+}
+
+describe("a worker that fails", () => {
+  it("is replaced in the middle of a stream: same text, each token once, next epoch with the tokens so far", async () => {
+    const { workers, gateway } = await start(["a", "b"]);
+    const [first, second] = workers;
+    first!.behaviour.pauseAt = 20;
+    const { state, done } = stream(gateway, {});
+    await until("text", () => state.text.length > 10);
+    const started = Date.now();
+    await first!.crash();
+    await done;
+    expect(Date.now() - started).toBeLessThan(2_000);
+    expect(state.text).toBe(answer);
+    const [job, resumed] = [first!.jobs[0], second!.jobs[0]];
+    expect(resumed).toMatchObject({
+      requestId: job?.requestId,
+      epoch: 2,
+      promptTokens: job?.promptTokens,
+      seed: job?.seed,
+    });
+    expect(resumed?.tokens).toHaveLength((job?.promptTokens ?? 0) + 20);
+    expect(resumed?.maxTokens).toBe((job?.maxTokens ?? 0) - 20);
+    expect(state.usage).toMatchObject({ prompt_tokens: job?.promptTokens, kivimesh: { worker: "b" } });
+    expect(state.usage?.completion_tokens).toBeGreaterThan(60);
+    expect(await metric(gateway, 'kivimesh_gateway_requeues_total{reason="worker_lost"}')).toBe(1);
+  });
+
+  it("ends in an error event, never a bare cut, where no other takes over in time", async () => {
+    const { workers, gateway } = await start(["a"], { limits: { workerWaitMs: 300 } });
+    workers[0]!.behaviour.pauseAt = 20;
+    const { state, done } = stream(gateway);
+    await until("text", () => state.text.length > 10);
+    await workers[0]!.crash();
+    await expect(done).rejects.toThrow(/worker a was lost/);
+    expect(answer.startsWith(state.text)).toBe(true);
+  });
+
+  it("that stops answering without closing its connection is left too", async () => {
+    const { workers, gateway } = await start(["a", "b"], { limits: { workerSilenceMs: 200, probeTimeoutMs: 200 } });
+    Object.assign(workers[0]!.behaviour, { pauseAt: 20, hung: true });
+    const { state, done } = stream(gateway);
+    await done;
+    expect(state.text).toBe(answer);
+    expect(workers[1]!.jobs[0]?.epoch).toBe(2);
+    await until("the abort of the old attempt", () => workers[0]!.aborts.some((abort) => abort.epoch === 1));
+  });
+
+  it("may repeat, delay and lose messages: the client sees each token once", async () => {
+    const { workers, gateway } = await start(["a"]);
+    Object.assign(workers[0]!.behaviour, { repeats: true, skipIndex: 31 });
+    const { state, done } = stream(gateway);
+    await done;
+    expect(state.text).toBe(answer);
+    expect(workers[0]!.jobs.map((job) => job.epoch)).toEqual([1, 2]);
+    expect(await metric(gateway, 'kivimesh_gateway_requeues_total{reason="gap"}')).toBe(1);
+  });
+
+  it("and refuses a job for its own reasons is avoided; when all refuse, the client gets the reason", async () => {
+    const { workers, gateway } = await start(["a", "b"]);
+    workers[0]!.behaviour.failure = "PAGE_POOL_EXHAUSTED";
+    expect((await ask(gateway)).status).toBe(200);
+    expect(workers[1]!.jobs[0]?.epoch).toBe(2);
+    workers[1]!.behaviour.failure = "PAGE_POOL_EXHAUSTED";
+    const refused = await ask(gateway);
+    expect([refused.status, await codeOf(refused)]).toEqual([429, "page_pool_exhausted"]);
+    expect(refused.headers.get("retry-after")).toBe("1");
+  });
+
+  it("comes back under the same id at another address", async () => {
+    const { cluster, workers, gateway } = await start(["a"]);
+    await workers[0]!.close();
+    await until("no worker", async () => (await metric(gateway, "kivimesh_gateway_workers")) === 0);
+    const refused = await ask(gateway);
+    expect([refused.status, await codeOf(refused)]).toEqual([503, "no_worker"]);
+    expect((await fetch(`${gateway.httpUrl}/readyz`)).status).toBe(503);
+    await cluster.worker("a", { behaviour: { answer } });
+    await cluster.seen(gateway, 1);
+    expect((await ask(gateway)).status).toBe(200);
+  });
+});
+
+describe("draining", () => {
+  it("a worker: its running streams go on, new requests go elsewhere", async () => {
+    const { workers, gateway } = await start(["a", "b"], { limits: { probeTimeoutMs: 500 } });
+    workers[0]!.behaviour.pauseAt = 20;
+    const { state, done } = stream(gateway, { pin: "a" });
+    await until("text", () => state.text.length > 10);
+    await workers[0]!.withdraw();
+    await until("one worker", async () => (await metric(gateway, "kivimesh_gateway_workers")) === 1);
+    expect((await ask(gateway)).status).toBe(200);
+    expect(workers[1]!.jobs).toHaveLength(1);
+    // Long enough for the probes of an absent member.
+    await delay(2_500);
+    workers[0]!.behaviour.pauseAt = Number.POSITIVE_INFINITY;
+    await done;
+    expect(state.text).toBe(answer);
+    expect(workers[0]!.jobs).toHaveLength(1);
+  });
+
+  it("the gateway: not ready, new requests refused, running ones finish", async () => {
+    const { workers, gateway } = await start(["a"]);
+    workers[0]!.behaviour.pauseAt = 20;
+    const { state, done } = stream(gateway);
+    await until("text", () => state.text.length > 10);
+    const drained = gateway.drain(5_000);
+    expect((await fetch(`${gateway.httpUrl}/readyz`)).status).toBe(503);
+    const refused = await ask(gateway);
+    expect([refused.status, await codeOf(refused)]).toEqual([503, "gateway_draining"]);
+    workers[0]!.behaviour.pauseAt = Number.POSITIVE_INFINITY;
+    await done;
+    expect(state.text).toBe(answer);
+    await drained;
+    await expect(fetch(`${gateway.httpUrl}/healthz`)).rejects.toThrow();
+  });
+
+  it("the gateway: what does not finish in time ends with an error event, at the worker too", async () => {
+    const { workers, gateway } = await start(["a"]);
+    workers[0]!.behaviour.pauseAt = 20;
+    const { state, done } = stream(gateway);
+    await until("text", () => state.text.length > 10);
+    const started = Date.now();
+    await gateway.drain(100);
+    expect(Date.now() - started).toBeLessThan(2_500);
+    await expect(done).rejects.toThrow(/shutting down/);
+    await until("the abort", () => workers[0]!.aborts.length > 0);
+  });
+});
+
+describe("limits", () => {
+  it("refuses requests over the limit with 429 and Retry-After", async () => {
+    const { workers, gateway } = await start(["a"], { limits: { maxRequests: 2 } });
+    workers[0]!.behaviour.pauseAt = 2;
+    const running = [stream(gateway), stream(gateway)];
+    await until("two jobs", () => workers[0]!.jobs.length === 2);
+    const refused = await client(gateway)
+      .chat.completions.create({ model: "scripted", messages })
+      .catch((error: unknown) => error);
+    expect(refused).toBeInstanceOf(OpenAI.RateLimitError);
+    expect(refused).toMatchObject({ status: 429, code: "queue_full" });
+    workers[0]!.behaviour.pauseAt = Number.POSITIVE_INFINITY;
+    await Promise.all(running.map((one) => one.done));
+    expect((await ask(gateway)).status).toBe(200);
+  });
+
+  it("counts what all gateways have put into the queues", async () => {
+    cluster = await TestCluster.start();
+    const worker = await cluster.worker("a", { concurrency: 1, behaviour: { answer, pauseAt: 2 } });
+    const other = await cluster.gateway();
+    const gateway = await cluster.gateway({ limits: { maxQueuedJobs: 2 } });
+    const running = [stream(other), stream(other), stream(other)];
+    await until("a full queue", async () => (await metric(gateway, "kivimesh_queue_jobs_waiting")) === 2);
+    expect((await ask(gateway)).status).toBe(429);
+    worker.behaviour.pauseAt = Number.POSITIVE_INFINITY;
+    await Promise.all(running.map((one) => one.done));
+  });
+
+  it("ends a request at its deadline, at the worker too", async () => {
+    const { workers, gateway } = await start(["a"], { limits: { requestTimeoutMs: 300 } });
+    workers[0]!.behaviour.pauseAt = 2;
+    const late = await ask(gateway);
+    expect([late.status, await codeOf(late)]).toEqual([504, "deadline_exceeded"]);
+    await until("the abort", () => workers[0]!.aborts.length > 0);
+  });
+
+  it("refuses listeners and settings that are not allowed, by name", async () => {
+    cluster = await TestCluster.start();
+    const seams = { jobQueues: cluster.jobQueues, membership: cluster.membership };
+    await expect(startGateway({ host: "0.0.0.0" }, seams)).rejects.toThrow(/cluster secret/);
+    const open = { host: "0.0.0.0", clusterSecret: "long enough" };
+    await expect(startGateway(open, seams)).rejects.toThrow(/TLS/);
+    await expect(startGateway({ httpPort: 70_000 }, seams)).rejects.toThrow(/httpPort/);
+    await expect(startGateway({ limits: { maxRequests: 0 } }, seams)).rejects.toThrow(/maxRequests/);
+  });
+});
+
+describe("routing", () => {
+  it("goes to the worker that holds the prompt's prefix", async () => {
+    const { workers, gateway } = await start(["a", "b"]);
+    const content = "A long shared prefix that fills some blocks of thirty-two tokens each. ".repeat(3);
+    const body = { model: "scripted", messages: [{ role: "user" as const, content }] };
+    await client(gateway).chat.completions.create(body, { headers: { "x-kivimesh-worker": "b" } });
+    const job = workers[1]!.jobs[0];
+    workers[1]!.hold(job?.tokens ?? [], job?.tenantNamespace ?? new Uint8Array(32));
+    await until("held blocks", async () => {
+      const state = (await (await fetch(`${gateway.httpUrl}/dashboard.json`)).json()) as {
+        workers: { heldBlocks: number }[];
+      };
+      return state.workers.some((worker) => worker.heldBlocks > 3);
+    });
+    await client(gateway).chat.completions.create(body);
+    expect(workers.map((worker) => worker.jobs.length)).toEqual([0, 2]);
+    await client(gateway).chat.completions.create({ ...body, cache_salt: "mine" } as typeof body);
+    expect(workers.map((worker) => worker.jobs.length)).toEqual([1, 2]);
+  });
+});
+
+describe("Redis", () => {
+  it("lost: running streams go on, new requests get 503 with a retry delay, until it is back", async () => {
+    const redis: RedisServer = await startRedis();
+    try {
+      cluster = await TestCluster.start(redisJobQueues({ url: redis.url }), redisMembership({ url: redis.url }));
+      const worker = await cluster.worker("a", { behaviour: { answer, pauseAt: 20 } });
+      const gateway = await cluster.gateway();
+      const { state, done } = stream(gateway);
+      await until("text", () => state.text.length > 10);
+      await redis.kill();
+      const refused = await ask(gateway);
+      expect([refused.status, await codeOf(refused)]).toEqual([503, "queue_unavailable"]);
+      expect(Number(refused.headers.get("retry-after"))).toBeGreaterThan(0);
+      await delay(4_000);
+      expect((await fetch(`${gateway.httpUrl}/readyz`)).status).toBe(503);
+      worker.behaviour.pauseAt = Number.POSITIVE_INFINITY;
+      await done;
+      expect(state.text).toBe(answer);
+      await redis.restart();
+      await until("readiness", async () => (await fetch(`${gateway.httpUrl}/readyz`)).status === 200);
+      await until("an answer", async () => (await ask(gateway)).status === 200);
+      await cluster[Symbol.asyncDispose]();
+      cluster = undefined;
+    } finally {
+      await redis.stop();
+    }
+  });
+});
