@@ -1,17 +1,19 @@
 /**
  * Linear layer for GPUs, weights in layout `rows` ([output][word]).
  *
- * Decode: 32 threads share a few outputs; each takes every 32nd vec4 of code words of their rows, then the lanes' sums are
+ * Decode: 32 threads share a few outputs; each takes every 32nd unit of their rows, then the lanes' sums are
  * added in a fixed order. Prefill: a tile of 64 rows × 64 outputs in workgroup memory, 4 × 4 a thread, K walked in order.
  * Products are accumulated with `fma` in one fixed order per output, so no result depends on the number of rows.
  */
 
 import { LINEAR_PARAMETERS, LINEAR_STORE } from "./linear-parameters.wgsl.ts";
-import { codeWordsPerGroup, type WeightEncoding } from "./weight-encoding.ts";
+import type { WeightEncoding } from "./weight-encoding.ts";
 
 function range(count: number): number[] {
   return Array.from({ length: count }, (_, index) => index);
 }
+
+const COMPONENTS = ["x", "y", "z", "w"] as const;
 
 const BINDINGS = (codesType: string) => `
 @group(0) @binding(0) var<storage, read> input: array<vec4f>;
@@ -20,10 +22,19 @@ const BINDINGS = (codesType: string) => `
 @group(0) @binding(3) var<storage, read_write> output: array<f32>;
 ${LINEAR_STORE}`;
 
-/** Columns of one vec4 of code words. */
-function columnsPerUnit(encoding: WeightEncoding): number {
-  return { f32: 4, f16: 8, bf16: 8, q8: 16, q4: 32 }[encoding.format];
+/** What a lane takes at a time: the fewest words that meet whole vec4s of the input, so that lanes read side by side. */
+interface Unit {
+  readonly type: "u32" | "vec2u" | "vec4u";
+  readonly columns: number;
 }
+
+const UNITS: Record<WeightEncoding["format"], Unit> = {
+  f32: { type: "vec4u", columns: 4 },
+  f16: { type: "vec2u", columns: 4 },
+  bf16: { type: "vec2u", columns: 4 },
+  q8: { type: "u32", columns: 4 },
+  q4: { type: "u32", columns: 8 },
+};
 
 /** Scale and minimum of group `g` of row `r` as a vec2f; `groups` groups a row. */
 function scaleFunction(encoding: WeightEncoding): string {
@@ -42,29 +53,28 @@ function scaleFunction(encoding: WeightEncoding): string {
   }
 }
 
-/**
- * The vec4f values (codes, where there are scales) of one vec4 of words `c`, in the order of their columns.
- * Small integers become floats by their place in the mantissa of 2²³: exact, and cheaper than a conversion.
- */
+/** The vec4f values (codes, where there are scales) of one unit `c`. */
 function unitVectors(encoding: WeightEncoding, c: string): string[] {
-  const words = ["x", "y", "z", "w"].map((component) => `${c}.${component}`);
   switch (encoding.format) {
     case "f32":
       return [`bitcast<vec4f>(${c})`];
     case "f16":
-      return [0, 2].map((w) => `vec4f(unpack2x16float(${words[w]}), unpack2x16float(${words[w + 1]}))`);
+      return [`vec4f(unpack2x16float(${c}.x), unpack2x16float(${c}.y))`];
     case "bf16":
-      return [0, 2].map((w) => {
-        const [low, high] = [words[w], words[w + 1]];
-        return `bitcast<vec4f>(vec4u(${low} << 16u, ${low} & 0xffff0000u, ${high} << 16u, ${high} & 0xffff0000u))`;
-      });
+      return [`bitcast<vec4f>(vec4u(${c}.x << 16u, ${c}.x & 0xffff0000u, ${c}.y << 16u, ${c}.y & 0xffff0000u))`];
     case "q8":
-      return words.map((word) => `signedBytes(${word})`);
+      return [`signedBytes(${c})`];
     case "q4":
-      return [...words.map((word) => `nibbles(${word})`), ...words.map((word) => `nibbles(${word} >> 4u)`)];
+      return [`nibbles(${c})`, `nibbles(${c} >> 4u)`];
   }
 }
 
+/** Index of the vec4 of input that vector `v` of unit `u` meets, from the start of the row. */
+function unitInput(encoding: WeightEncoding, v: number): string {
+  return encoding.format === "q4" ? `(u / 4u) * 8u + u % 4u + ${v * 4}u` : "u";
+}
+
+/** Small integers become floats by their place in the mantissa of 2²³: exact, and cheaper than a conversion. */
 const UNPACK: Record<WeightEncoding["format"], string> = {
   f32: "",
   f16: "",
@@ -109,15 +119,15 @@ function reduction(sums: readonly string[], subgroups: boolean): string {
 export function linearRowsDecodeWgsl(encoding: WeightEncoding, tile: RowsDecodeTile, subgroups: boolean): string {
   const outputs = range(tile.outputs);
   const rows = range(tile.rows);
-  const unit = columnsPerUnit(encoding);
-  const vectors = range(unit / 4);
+  const unit = UNITS[encoding.format];
+  const vectors = range(unit.columns / 4);
   const scaled = encoding.scales !== "none";
   const affine = encoding.scales === "pair16" || encoding.scales === "pair32";
-  const unitsPerGroup = scaled ? encoding.group / unit : 1;
+  const unitsPerGroup = scaled ? encoding.group / unit.columns : 1;
   const sums = rows.flatMap((m) => outputs.map((r) => `a${m}_${r}`));
   const chain = (r: number) =>
     vectors.reduce(
-      (sum, v) => ["x", "y", "z", "w"].reduce((s, c) => `fma(w${r}_${v}.${c}, x${v}.${c}, ${s})`, sum),
+      (sum, v) => COMPONENTS.reduce<string>((s, c) => `fma(w${r}_${v}.${c}, x${v}.${c}, ${s})`, sum),
       "0.0",
     );
   const product = (m: number, r: number) => {
@@ -129,7 +139,7 @@ export function linearRowsDecodeWgsl(encoding: WeightEncoding, tile: RowsDecodeT
   return `requires immediate_address_space;
 ${subgroups ? "enable subgroups;" : ""}
 ${LINEAR_PARAMETERS}
-${BINDINGS("vec4u")}
+${BINDINGS(unit.type)}
 ${UNPACK[encoding.format]}
 ${scaleFunction(encoding)}
 var<workgroup> shared_sums: array<f32, ${ROWS_DECODE_THREADS * sums.length}>;
@@ -140,7 +150,7 @@ fn main(
   @builtin(local_invocation_index) lane: u32,
   ${subgroups ? "@builtin(subgroup_size) subgroupSize: u32," : ""}
 ) {
-  let units = parameters.k / ${unit}u;
+  let units = parameters.k / ${unit.columns}u;
   let groups = parameters.k / ${encoding.group}u;
   let firstOutput = group.x * ${tile.outputs}u;
   let firstRow = group.y * ${tile.rows}u;
@@ -154,7 +164,7 @@ fn main(
     ${rows
       .map(
         (m) => `{
-      ${vectors.map((v) => `let x${v} = input[row${m} + u * ${unit / 4}u + ${v}u];`).join("\n      ")}
+      ${vectors.map((v) => `let x${v} = input[row${m} + ${unitInput(encoding, v)}];`).join("\n      ")}
       ${affine ? `let xt = ${vectors.map((v) => `x${v}`).join(" + ")}; let xs = (xt.x + xt.y) + (xt.z + xt.w);` : ""}
       ${outputs.map((r) => product(m, r)).join("\n      ")}
     }`,
@@ -178,79 +188,94 @@ fn main(
 
 /** Outputs and rows of the prefill tile. */
 export const ROWS_PREFILL_TILE = 64;
+const TILE_VECTORS = ROWS_PREFILL_TILE / 4;
 const PREFILL_THREADS = 256;
+/** Columns of the tile: one group of every encoding. */
 const PREFILL_DEPTH = 32;
+/** Threads that bring inputs; the rest bring weights. */
+const INPUT_THREADS = 128;
 
-/** Statements that decode word `word` of the tile's row into workgroup memory. */
-function stageWord(encoding: WeightEncoding): string {
-  const put = (offset: string, value: string) =>
-    `weightTile[(${offset}) * ${ROWS_PREFILL_TILE}u + output_index] = ${value};`;
-  const four = (offset: string, vector: string) =>
-    `let f${offset.length} = ${vector}; ${["x", "y", "z", "w"].map((c, k) => put(`${offset} + ${k}u`, `f${offset.length}.${c}`)).join(" ")}`;
-  const scale =
-    encoding.scales === "none"
-      ? ""
-      : `let s = scaleOf(n, (first + word * ${encoding.group / codeWordsPerGroup(encoding)}u) / ${encoding.group}u, parameters.k / ${encoding.group}u);`;
-  switch (encoding.format) {
-    case "f32":
-      return put("word", "bitcast<f32>(code)");
-    case "f16":
-      return `let pair = unpack2x16float(code); ${put("word * 2u", "pair.x")} ${put("word * 2u + 1u", "pair.y")}`;
-    case "bf16":
-      return `${put("word * 2u", "bitcast<f32>(code << 16u)")} ${put("word * 2u + 1u", "bitcast<f32>(code & 0xffff0000u)")}`;
-    case "q8":
-      return `${scale} ${four("word * 4u", "fma(signedBytes(code), vec4f(s.x), vec4f(s.y))")}`;
-    case "q4":
-      return `${scale} ${four("word * 4u", "fma(nibbles(code), vec4f(s.x), vec4f(s.y))")}
-      ${four("word * 4u + 16u", "fma(nibbles(code >> 4u), vec4f(s.x), vec4f(s.y))")}`;
-  }
+/** Stores, for each of four columns, the vec4 across four rows (`names` are four vec4s along the columns). */
+function storeTransposed(tile: string, column: string, quad: string, names: readonly string[]): string {
+  return COMPONENTS.map(
+    (c, k) =>
+      `${tile}[(${column} + ${k}u) * ${TILE_VECTORS}u + ${quad}] = vec4f(${names.map((name) => `${name}.${c}`).join(", ")});`,
+  ).join("\n      ");
+}
+
+/** Brings one unit of four outputs into workgroup memory; columns behind K become zeros. */
+function stageWeights(encoding: WeightEncoding): string {
+  const unit = UNITS[encoding.format];
+  const scaled = encoding.scales !== "none";
+  const outputs = range(4);
+  const decode = outputs.map((r) => {
+    const at = `min(firstOutput + quad * 4u + ${r}u, parameters.n - 1u)`;
+    const vectors = unitVectors(encoding, `c${r}`).map((vector) =>
+      scaled ? `fma(${vector}, vec4f(s${r}.x), vec4f(s${r}.y))` : vector,
+    );
+    return `let n${r} = ${at};
+        let c${r} = codes[n${r} * units + u];
+        ${scaled ? `let s${r} = scaleOf(n${r}, u / ${encoding.group / unit.columns}u, parameters.k / ${encoding.group}u);` : ""}
+        ${vectors.map((vector, v) => `w${r}_${v} = ${vector};`).join(" ")}`;
+  });
+  const vectors = range(unit.columns / 4);
+  return `let quad = (lane - ${INPUT_THREADS}u) % ${TILE_VECTORS}u;
+      let step = (lane - ${INPUT_THREADS}u) / ${TILE_VECTORS}u;
+      let u = first / ${unit.columns}u + step;
+      ${outputs.flatMap((r) => vectors.map((v) => `var w${r}_${v} = vec4f();`)).join(" ")}
+      if (u < units) {
+        ${decode.join("\n        ")}
+      }
+      ${vectors
+        .map((v) =>
+          storeTransposed(
+            "weightTile",
+            `step * 4u + ${v * 16}u`,
+            "quad",
+            outputs.map((r) => `w${r}_${v}`),
+          ),
+        )
+        .join("\n      ")}`;
 }
 
 /** Prefill kernel; grid: x tiles of 64 outputs, y tiles of 64 rows. */
 export function linearRowsPrefillWgsl(encoding: WeightEncoding): string {
-  const columnsPerWord = columnsPerUnit(encoding) / 4;
-  const words = PREFILL_DEPTH / columnsPerWord;
+  const unit = UNITS[encoding.format];
+  const stagingThreads = (PREFILL_DEPTH / unit.columns) * TILE_VECTORS;
   const four = range(4);
-  const component = ["x", "y", "z", "w"];
   return `requires immediate_address_space;
 ${LINEAR_PARAMETERS}
-${BINDINGS("u32")}
+${BINDINGS(unit.type)}
 ${UNPACK[encoding.format]}
 ${scaleFunction(encoding)}
-var<workgroup> inputTile: array<f32, ${PREFILL_DEPTH * ROWS_PREFILL_TILE}>;
-var<workgroup> weightTile: array<f32, ${PREFILL_DEPTH * ROWS_PREFILL_TILE}>;
+var<workgroup> inputTile: array<vec4f, ${PREFILL_DEPTH * TILE_VECTORS}>;
+var<workgroup> weightTile: array<vec4f, ${PREFILL_DEPTH * TILE_VECTORS}>;
 
 @compute @workgroup_size(${PREFILL_THREADS})
 fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) lane: u32) {
   let firstOutput = group.x * ${ROWS_PREFILL_TILE}u;
   let firstRow = group.y * ${ROWS_PREFILL_TILE}u;
-  let tx = lane % 16u;
-  let ty = lane / 16u;
-  let rowWords = parameters.k / ${columnsPerWord}u;
+  let tx = lane % ${TILE_VECTORS}u;
+  let ty = lane / ${TILE_VECTORS}u;
+  let units = parameters.k / ${unit.columns}u;
   ${four.map((m) => `var a${m} = vec4f();`).join(" ")}
   for (var first = 0u; first < parameters.k; first += ${PREFILL_DEPTH}u) {
-    for (var i = lane; i < ${(ROWS_PREFILL_TILE * PREFILL_DEPTH) / 4}u; i += ${PREFILL_THREADS}u) {
-      let row = min(firstRow + i / ${PREFILL_DEPTH / 4}u, parameters.rows - 1u);
-      let k = (i % ${PREFILL_DEPTH / 4}u) * 4u;
-      var value = vec4f();
-      if (first + k < parameters.k) { value = input[(row * parameters.k + first + k) / 4u]; }
-      let at = k * ${ROWS_PREFILL_TILE}u + i / ${PREFILL_DEPTH / 4}u;
-      ${component.map((c, k) => `inputTile[at + ${k * ROWS_PREFILL_TILE}u] = value.${c};`).join(" ")}
-    }
-    for (var i = lane; i < ${ROWS_PREFILL_TILE * words}u; i += ${PREFILL_THREADS}u) {
-      let output_index = i / ${words}u;
-      let word = i % ${words}u;
-      let n = min(firstOutput + output_index, parameters.n - 1u);
-      var code = 0u;
-      if (first + word * ${columnsPerWord}u < parameters.k) { code = codes[n * rowWords + first / ${columnsPerWord}u + word]; }
-      ${stageWord(encoding)}
+    if (lane < ${INPUT_THREADS}u) {
+      let quad = lane % ${TILE_VECTORS}u;
+      let column = (lane / ${TILE_VECTORS}u) * 4u;
+      ${four.map((m) => `var x${m} = vec4f();`).join(" ")}
+      if (first + column < parameters.k) {
+        ${four.map((m) => `x${m} = input[(min(firstRow + quad * 4u + ${m}u, parameters.rows - 1u) * parameters.k + first + column) / 4u];`).join("\n        ")}
+      }
+      ${storeTransposed("inputTile", "column", "quad", ["x0", "x1", "x2", "x3"])}
+    } else if (lane < ${INPUT_THREADS + stagingThreads}u) {
+      ${stageWeights(encoding)}
     }
     workgroupBarrier();
     for (var k = 0u; k < ${PREFILL_DEPTH}u; k++) {
-      let atInput = k * ${ROWS_PREFILL_TILE}u + ty * 4u;
-      let atWeight = k * ${ROWS_PREFILL_TILE}u + tx * 4u;
-      let w = vec4f(weightTile[atWeight], weightTile[atWeight + 1u], weightTile[atWeight + 2u], weightTile[atWeight + 3u]);
-      ${four.map((m) => `a${m} = fma(vec4f(inputTile[atInput + ${m}u]), w, a${m});`).join("\n      ")}
+      let x = inputTile[k * ${TILE_VECTORS}u + ty];
+      let w = weightTile[k * ${TILE_VECTORS}u + tx];
+      ${four.map((m) => `a${m} = fma(vec4f(x.${COMPONENTS[m]}), w, a${m});`).join("\n      ")}
     }
     workgroupBarrier();
   }
@@ -259,7 +284,7 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) la
       (m) => `if (firstRow + ty * 4u + ${m}u < parameters.rows) {
     let at = (firstRow + ty * 4u + ${m}u) * parameters.outputStride + parameters.outputOffset + firstOutput + tx * 4u;
     ${four
-      .map((j) => `if (firstOutput + tx * 4u + ${j}u < parameters.n) { store(at + ${j}u, a${m}.${component[j]}); }`)
+      .map((j) => `if (firstOutput + tx * 4u + ${j}u < parameters.n) { store(at + ${j}u, a${m}.${COMPONENTS[j]}); }`)
       .join("\n    ")}
   }`,
     )

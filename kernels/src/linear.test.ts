@@ -39,7 +39,7 @@ describe.each(["software", "hardware"] as const)("linear, %s profile", (profile:
     before?: Float32Array<ArrayBuffer>,
   ) {
     const weight = createLinearWeight(gpu, { label: "w", parts: what.parts, columns: what.columns });
-    const linear = await createLinear(gpu, { weight, phase: what.phase, maxRows: 200, accumulate: what.accumulate });
+    const linear = await createLinear(device, { weight, phase: what.phase, maxRows: 200, accumulate: what.accumulate });
     const output = createPoisoned(gpu, "output", rows * weight.rows * 4);
     if (before !== undefined) gpu.device.queue.writeBuffer(output.buffer, 0, before);
     const inputBuffer = uploadStorage(gpu, "input", input);
@@ -96,6 +96,51 @@ describe.each(["software", "hardware"] as const)("linear, %s profile", (profile:
         const some = await runLinear(what, input.slice(first * columns, (first + count) * columns), count);
         assertSameBits(`${type} ${phase} rows ${first}+${count}`, some, all.slice(first * 97, (first + count) * 97));
       }
+    }
+  });
+
+  test.each(["F32", "F16", "BF16", "Q4_1", "Q8_0", "Q4_K", "Q6_K"] as const)(
+    "%s: long rows, with and without subgroups",
+    async (type) => {
+      const columns = 1536;
+      const parts = randomParts(random, type, columns, [21]);
+      const input = random.normals(6 * columns);
+      const expected = linearReference(input, 6, columns, parts);
+      const scale = Math.sqrt(expected.reduce((sum, value) => sum + value * value, 0) / expected.length);
+      const plain: Gpu = { ...gpu, features: { ...gpu.features, subgroups: false, subgroupSize: 1 } };
+      for (const device of [gpu, plain]) {
+        for (const phase of PHASES) {
+          const actual = await runLinear({ parts, columns, phase, accumulate: false }, input, 6, undefined, device);
+          assertClose(`${type} ${phase}`, actual, expected, { nmse: 1e-11, maxAbs: 2e-4 * scale });
+        }
+      }
+    },
+  );
+
+  test("NaN and infinity stay in their row", async () => {
+    const columns = 96;
+    const parts = randomParts(random, "Q4_0", columns, [40]);
+    for (const phase of PHASES) {
+      const input = random.normals(9 * columns);
+      const clean = await runLinear({ parts, columns, phase, accumulate: false }, input, 9);
+      input[4 * columns + 17] = Number.NaN;
+      input[7 * columns + 3] = Number.POSITIVE_INFINITY;
+      const actual = await runLinear({ parts, columns, phase, accumulate: false }, input, 9);
+      for (let row = 0; row < 9; row++) {
+        const values = actual.slice(row * 40, (row + 1) * 40);
+        if (row === 4 || row === 7) expect(values.some(Number.isFinite)).toBe(false);
+        else assertSameBits(`${phase} row ${row}`, values, clean.slice(row * 40, (row + 1) * 40));
+      }
+    }
+  });
+
+  test("the same input gives the same bits twice", async () => {
+    const columns = 256;
+    const parts = randomParts(random, "Q8_0", columns, [130]);
+    const input = random.normals(70 * columns);
+    for (const phase of PHASES) {
+      const first = await runLinear({ parts, columns, phase, accumulate: false }, input, 70);
+      assertSameBits(phase, await runLinear({ parts, columns, phase, accumulate: false }, input, 70), first);
     }
   });
 
