@@ -6,7 +6,7 @@ export {
   type WorkerConfig,
   workerConfigFromEnvironment,
 } from "./config.ts";
-export type { Engine } from "./engine.ts";
+export { Engine, type EngineOptions } from "./engine.ts";
 export type { EngineStats } from "./engine-stats.ts";
 export {
   type FinishedEvent,

@@ -83,6 +83,11 @@ export class PagePool {
     return pages;
   }
 
+  /** How many holders a page has. */
+  references(page: number): number {
+    return this.#references[page] ?? 0;
+  }
+
   has(id: string): boolean {
     return this.#pageOf.has(id);
   }

@@ -1,0 +1,133 @@
+import type { KvGeometry } from "./model/index.ts";
+import type { PagePool } from "./page-pool.ts";
+import { type RunningView, sealedPages, type WaitingView } from "./scheduler.ts";
+import type { Sequence } from "./sequence.ts";
+
+/** The engine's sequences, the slots and the pages they hold. Both lists are kept oldest first. */
+export class SequenceTable {
+  readonly #pool: PagePool;
+  readonly #kv: KvGeometry;
+  readonly #freeSlots: number[];
+  readonly #maxSequences: number;
+  #waiting: Sequence[] = [];
+  #running: Sequence[] = [];
+
+  constructor(pool: PagePool, kv: KvGeometry, maxSequences: number) {
+    this.#pool = pool;
+    this.#kv = kv;
+    this.#maxSequences = maxSequences;
+    this.#freeSlots = Array.from({ length: maxSequences }, (_, index) => maxSequences - 1 - index);
+  }
+
+  get waiting(): readonly Sequence[] {
+    return this.#waiting;
+  }
+
+  get running(): readonly Sequence[] {
+    return this.#running;
+  }
+
+  get all(): Sequence[] {
+    return [...this.#running, ...this.#waiting];
+  }
+
+  add(sequence: Sequence): void {
+    insert(this.#waiting, sequence);
+  }
+
+  /** Gives the sequence a slot and the pages of its prefix that the pool holds. */
+  admit(sequence: Sequence): void {
+    const slot = this.#freeSlots.pop();
+    if (slot === undefined) throw new RangeError("more sequences were admitted than there are slots");
+    const ids = sequence.shareableIds().slice(0, this.#hits(sequence).length);
+    const pages = ids.map((id) => this.#pool.acquire(id)!);
+    sequence.admit(slot, pages);
+    this.#waiting = this.#waiting.filter((other) => other !== sequence);
+    insert(this.#running, sequence);
+  }
+
+  /** Sends a running sequence back to wait; its pages and slot are free. */
+  preempt(sequence: Sequence): void {
+    this.#letGo(sequence);
+    insert(this.#waiting, sequence);
+  }
+
+  /** Forgets a sequence; its pages and slot are free. */
+  remove(sequence: Sequence): void {
+    if (sequence.state === "running") this.#letGo(sequence);
+    this.#waiting = this.#waiting.filter((other) => other !== sequence);
+    sequence.state = "finished";
+  }
+
+  /** Makes the pages list long enough for `tokens` computed tokens. The scheduler saw to it that there are enough. */
+  reserve(sequence: Sequence, tokens: number): void {
+    while (sequence.pages.length < sealedPages(tokens, this.#kv)) {
+      const page = this.#pool.allocate();
+      if (page === undefined) throw new RangeError("the scheduler planned more pages than there are");
+      sequence.pages.push(page);
+    }
+  }
+
+  runningViews(): RunningView[] {
+    return this.#running.map((sequence) => ({
+      id: sequence.id,
+      computed: sequence.computed,
+      prefillEnd: sequence.prefillEnd,
+      pages: sequence.pages.length,
+      ownPages: sequence.pages.filter((page) => this.#pool.references(page) === 1).length,
+    }));
+  }
+
+  /** Those that could start now, as many as there are free slots. One that fetches blocks nobody else. */
+  waitingViews(): WaitingView[] {
+    const slots = this.#maxSequences - this.#running.length;
+    const ready = this.#waiting.filter((sequence) => sequence.state === "ready").slice(0, slots);
+    return ready.map((sequence) => {
+      const hits = this.#hits(sequence);
+      return {
+        id: sequence.id,
+        prefillEnd: sequence.prefillEnd,
+        hitPages: hits.length,
+        hitAvailable: hits.filter((page) => this.#pool.references(page) === 0).length,
+      };
+    });
+  }
+
+  /** Pages of every reference that sequences hold. */
+  heldPages(): number[] {
+    return this.#running.flatMap((sequence) => sequence.pages);
+  }
+
+  /** What does not fit together, empty if everything does. */
+  checkIntegrity(): string[] {
+    const violations: string[] = [];
+    const slots = new Set([...this.#freeSlots, ...this.#running.map((sequence) => sequence.slot)]);
+    if (slots.size !== this.#maxSequences || this.#freeSlots.length + this.#running.length !== this.#maxSequences) {
+      violations.push(
+        `${this.#freeSlots.length} slots are free and ${this.#running.length} taken of ${this.#maxSequences}`,
+      );
+    }
+    for (const sequence of this.#waiting) {
+      if (sequence.pages.length > 0 || sequence.slot >= 0)
+        violations.push(`waiting ${sequence.id} holds pages or a slot`);
+    }
+    return violations;
+  }
+
+  #hits(sequence: Sequence): number[] {
+    const hits = this.#pool.match(sequence.shareableIds());
+    // The frontier rule reads sealed tokens in whole windows of R only.
+    return hits.slice(0, sealedPages(hits.length * this.#kv.blockTokens, this.#kv));
+  }
+
+  #letGo(sequence: Sequence): void {
+    this.#freeSlots.push(sequence.slot);
+    this.#running = this.#running.filter((other) => other !== sequence);
+    this.#pool.release(sequence.preempt());
+  }
+}
+
+function insert(list: Sequence[], sequence: Sequence): void {
+  const index = list.findIndex((other) => other.arrival > sequence.arrival);
+  list.splice(index < 0 ? list.length : index, 0, sequence);
+}
