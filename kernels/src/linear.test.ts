@@ -37,6 +37,7 @@ describe.each(["software", "hardware"] as const)("linear, %s profile", (profile:
     input: Float32Array<ArrayBuffer>,
     rows: number,
     before?: Float32Array<ArrayBuffer>,
+    device = gpu,
   ) {
     const weight = createLinearWeight(gpu, { label: "w", parts: what.parts, columns: what.columns });
     const linear = await createLinear(device, { weight, phase: what.phase, maxRows: 200, accumulate: what.accumulate });
