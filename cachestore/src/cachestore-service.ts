@@ -1,0 +1,125 @@
+import {
+  blockChunks,
+  blockIdBytes,
+  Cachestore,
+  ClusterError,
+  collectBlock,
+  implementService,
+  type ServiceBinding,
+  type StoreRequest,
+  verifyHeader,
+} from "@kivimesh/proto";
+import type { BlockStore } from "./block-store.ts";
+
+/** Block ids in one lookup, fetch or pin. */
+export const maxIdsInRequest = 4_096;
+/** Uploads at the same time; each holds at most one block in memory. */
+export const maxUploads = 64;
+/** Largest block the store takes, in payload bytes. */
+export const maxBlockBytes = 128 * 1024 * 1024;
+const retryAfterMs = 500;
+
+/** The gRPC service over a store: checks requests, cuts blocks into chunks, bounds uploads. */
+export function cachestoreService(store: BlockStore): ServiceBinding {
+  let uploads = 0;
+  return implementService(Cachestore, {
+    async lookup({ blockIds, leaseMs }) {
+      return store.lookup(checkedIds(blockIds), leaseMs);
+    },
+    async *fetch({ blockIds }, { signal }) {
+      for (const id of checkedIds(blockIds)) {
+        const block = await store.fetch(id);
+        if (block === undefined || signal.aborted) {
+          yield { part: { case: "missing" as const, value: id } };
+          return;
+        }
+        yield { part: { case: "header" as const, value: block.header } };
+        for (const value of blockChunks(block.payload)) {
+          yield { part: { case: "chunk" as const, value } };
+        }
+      }
+    },
+    async store(requests) {
+      if (uploads >= maxUploads) {
+        throw new ClusterError("QUEUE_FULL", `${maxUploads} uploads run already`, { retryAfterMs });
+      }
+      uploads++;
+      try {
+        return { stored: await receive(store, requests) };
+      } finally {
+        uploads--;
+      }
+    },
+    async release({ leaseId }) {
+      store.release(leaseId);
+      return {};
+    },
+    async pin({ blockIds, ttlMs }) {
+      return { pinned: await store.pin(checkedIds(blockIds), Number(ttlMs)) };
+    },
+    async stats() {
+      const { lastEvent, leases, ...counts } = store.stats();
+      return {
+        leases,
+        lastEvent,
+        blocks: BigInt(counts.blocks),
+        memoryBytes: BigInt(counts.memoryBytes),
+        memoryLimitBytes: BigInt(counts.memoryLimitBytes),
+        diskBytes: BigInt(counts.diskBytes),
+        diskLimitBytes: BigInt(counts.diskLimitBytes),
+        hits: BigInt(counts.hits),
+        misses: BigInt(counts.misses),
+        corrupt: BigInt(counts.corrupt),
+        evicted: BigInt(counts.evicted),
+      };
+    },
+    async *events({ after }, { signal }) {
+      for await (const event of store.follow(after, signal)) {
+        const { number } = event;
+        if (event.kind === "cleared") {
+          yield { number, event: { case: "cleared" as const, value: {} } };
+        } else {
+          const value = { blockId: event.blockId, parentId: event.parentId };
+          const change =
+            event.kind === "stored" ? { case: "stored" as const, value } : { case: "removed" as const, value };
+          yield { number, event: change };
+        }
+      }
+    },
+  });
+}
+
+/** Takes one upload. A block that is held already is not read at all. */
+async function receive(store: BlockStore, requests: AsyncIterable<StoreRequest>): Promise<boolean> {
+  const parts = requests[Symbol.asyncIterator]();
+  const first = await parts.next();
+  if (first.done || first.value.part.case !== "header") {
+    throw new ClusterError("INVALID_ARGUMENT", "an upload starts with the block's header");
+  }
+  verifyHeader(first.value.part.value);
+  if (store.has(first.value.part.value.blockId)) {
+    return false;
+  }
+  const rest = { [Symbol.asyncIterator]: () => parts };
+  return store.store(await collectBlock(prepended(first.value, rest), maxBlockBytes));
+}
+
+async function* prepended(first: StoreRequest, rest: AsyncIterable<StoreRequest>): AsyncGenerator<StoreRequest> {
+  yield first;
+  yield* rest;
+}
+
+function checkedIds(blockIds: readonly Uint8Array[]): readonly Uint8Array[] {
+  if (blockIds.length > maxIdsInRequest) {
+    throw new ClusterError("INVALID_ARGUMENT", `${blockIds.length} block ids; at most ${maxIdsInRequest} are allowed`, {
+      parameter: "block_ids",
+    });
+  }
+  const wrong = blockIds.find((id) => id.length !== blockIdBytes);
+  if (wrong !== undefined) {
+    throw new ClusterError("INVALID_ARGUMENT", `a block id has ${wrong.length} bytes, not ${blockIdBytes}`, {
+      parameter: "block_ids",
+    });
+  }
+  return blockIds;
+}
