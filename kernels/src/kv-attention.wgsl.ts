@@ -93,7 +93,7 @@ fn ${name}(x: f32, lane: u32) -> f32 {
   reduce[lane] = x;
   workgroupBarrier();
   var total = reduce[0];
-  for (var i = 1u; i < ${lanes}u; i++) { total = ${combine}; }
+  for (var i = 1u; i < ${lanes}u * params.one; i++) { total = ${combine}; }
   return total;
 }`;
   return tree("laneSum", "total + reduce[i]") + tree("laneMax", "max(total, reduce[i])");
@@ -143,19 +143,19 @@ function sealedLogits(s: Shapes): string {
   const vector = (u: number) => `      {
         let c = chunk * ${chunk}u + ${u * lanes}u + lane;
 ${meta}
-${each(queries, (m) => `        let qv${m} = qSealed[${m * d}u + c]; let f${m} = ${factor(m)}; ${bits === 16 ? "" : `z${m} += qv${m} * sz.y;`}`)}
+${each(queries, (m) => `        let qv${m} = qSealed[${m * d}u + c]; let f${m} = ${factor(m)}; ${bits === 16 ? "" : `z${m} = fma(qv${m}, sz.y, z${m});`}`)}
 ${template.lanePlan.subgroups ? "" : `        workgroupBarrier();\n${each(queries, (m) => `        exchange[${m * lanes}u + lane] = f${m};`)}\n        workgroupBarrier();`}
 ${each(
   lanes,
   (j) => `        { ${each(tokenVectors, (v) => `let x${v} = ${code(v, u * lanes + j)};`, " ")}
-${each(queries, (m) => `          let b${m} = ${broadcast(s, `f${m}`, j, `${m * lanes}u`)}; ${each(tokenVectors, (v) => `s${v}_${m} += b${m} * x${v};`, " ")}`)} }`,
+${each(queries, (m) => `          let b${m} = ${broadcast(s, `f${m}`, j, `${m * lanes}u`)}; ${each(tokenVectors, (v) => `s${v}_${m} = fma(b${m}, x${v}, s${v}_${m});`, " ")}`)} }`,
 )}
       }`;
   return `    let codes = page + ${layout.keyCodes}u + group * ${words * 32}u;
     let scales = page + ${layout.keyMeta}u + group * ${d}u;
 ${each(tokenVectors, (v) => `    ${each(queries, (m) => `var s${v}_${m} = 0.0;`, " ")}`)}
     ${each(queries, (m) => `var z${m} = 0.0;`, " ")}
-    for (var chunk = 0u; chunk < ${d / chunk}u; chunk++) {
+    for (var chunk = 0u; chunk < ${d / chunk}u * params.one; chunk++) {
 ${loads}
 ${each(vectors, vector)}
     }
@@ -181,7 +181,7 @@ function softmaxStep(s: Shapes, masked: boolean): string {
       let keep = select(exp2(top${m} - next), 1.0, next == top${m});
       top${m} = next;
       ${each(tokenVectors, (v) => `p${v}_${m} = ${p(v)};`, " ")}
-      total${m} = total${m} * keep + (${each(tokenVectors, (v) => `p${v}_${m}`, " + ")});
+      total${m} = fma(total${m}, keep, ${each(tokenVectors, (v) => `p${v}_${m}`, " + ")});
       ${each(channelVectors, (c) => `o${m}_${c} *= keep;`, " ")} ${quantized ? each(parts, (g) => `zero${m}_${g} *= keep;`, " ") : ""} }`;
   });
 }
@@ -211,7 +211,7 @@ function sealedOutput(s: Shapes): string {
       (
         g,
       ) => `    { let t = ${v * lanes}u + lane; let sz = unpack2x16float(pages[values - valueShift + ((t >> 2u) * ${parts}u + ${g}u) * 4u + (t & 3u)]);
-      ${each(queries, (m) => `weights[${(g * queries + m) * 32}u + t] = p${v}_${m} * sz.x; zero${m}_${g} += p${v}_${m} * sz.y;`, " ")} }`,
+      ${each(queries, (m) => `weights[${(g * queries + m) * 32}u + t] = p${v}_${m} * sz.x; zero${m}_${g} = fma(p${v}_${m}, sz.y, zero${m}_${g});`, " ")} }`,
     ),
   );
   const sub = template.lanePlan.subgroups;
@@ -249,13 +249,13 @@ function sealedOutput(s: Shapes): string {
   const weight = (j: number, m: number, g: number) =>
     sub ? `subgroupBroadcast(pw${g}_${m}, ${j}u)` : `weights[${(g * queries + m) * 32}u + vector * ${lanes}u + ${j}u]`;
   const token = (j: number) => `        { ${sharedWord(j)}
-${each(queries, (m) => `          { ${each(parts, (g) => `let pb${g} = ${weight(j, m, g)};`, " ")} ${each(channelVectors, (c) => `o${m}_${c} += pb${Math.floor((c * lanes) / 32)} * v${c};`, " ")} }`)} }`;
+${each(queries, (m) => `          { ${each(parts, (g) => `let pb${g} = ${weight(j, m, g)};`, " ")} ${each(channelVectors, (c) => `o${m}_${c} = fma(pb${Math.floor((c * lanes) / 32)}, v${c}, o${m}_${c});`, " ")} }`)} }`;
   return `${base}    let valueShift = ${layout.valueCodes}u + group * ${words * 32}u - (${layout.valueMeta}u + group * ${d}u);
     let placeMask = ${2 ** bits - 1}u << (${bits}u * (lane & ${half - 1}u));
     let highShift = ((lane / ${half}u) & 1u) * 16u;
 ${fold}
     workgroupBarrier();
-    for (var vector = 0u; vector < ${tokenVectors}u; vector++) {
+    for (var vector = 0u; vector < ${tokenVectors}u * params.one; vector++) {
       let base = values + vector * ${lanes * words}u;
 ${sub ? each(words, (w) => `      let w${w} = pages[base + ${w * lanes}u + lane];`) : ""}
 ${sub ? each(parts, (g) => each(queries, (m) => `      let pw${g}_${m} = weights[${(g * queries + m) * 32}u + vector * ${lanes}u + lane];`)) : ""}
@@ -266,20 +266,12 @@ ${each(lanes, token)}
 
 /** Adds p * V of 32 f16 tokens; `word(token, channel)` is the text of the u32 that holds the channel. */
 function halfOutput(s: Shapes, word: (token: string, channel: string) => string): string {
-  const { lanes, tokenVectors, channelVectors, queries, template } = s;
-  const sub = template.lanePlan.subgroups;
-  const weight = (j: number, m: number) =>
-    sub ? `subgroupBroadcast(pw${m}, ${j}u)` : `weights[${m * 32}u + vector * ${lanes}u + ${j}u]`;
+  const { lanes, tokenVectors, channelVectors, queries } = s;
   return `${each(tokenVectors, (v) => `    ${each(queries, (m) => `weights[${m * 32 + v * lanes}u + lane] = p${v}_${m};`, " ")}`)}
     workgroupBarrier();
-    for (var vector = 0u; vector < ${tokenVectors}u; vector++) {
-${sub ? each(queries, (m) => `      let pw${m} = weights[${m * 32}u + vector * ${lanes}u + lane];`) : ""}
-${each(
-  lanes,
-  (j) => `      { let t = vector * ${lanes}u + ${j}u;
+    for (var t = 0u; t < 32u * params.one; t++) {
         ${each(channelVectors, (c) => `let v${c} = unpack2x16float(${word("t", `(${c * lanes}u + lane)`)} >> ((lane & 1u) * 16u)).x;`, "\n        ")}
-${each(queries, (m) => `        { let pb = ${weight(j, m)}; ${each(channelVectors, (c) => `o${m}_${c} += pb * v${c};`, " ")} }`)} }`,
-)}
+${each(queries, (m) => `        { let pb = weights[${m * 32}u + t]; ${each(channelVectors, (c) => `o${m}_${c} = fma(pb, v${c}, o${m}_${c});`, " ")} }`)}
     }
     workgroupBarrier();`;
 }
@@ -290,14 +282,14 @@ function halfLogits(s: Shapes): string {
   const heads = template.queryHeads;
   const words = lanes / 2;
   return `${each(tokenVectors, (v) => `    let t${v} = first + ${v * lanes}u + lane; let a${v} = halfRow(min(t${v}, last)); ${each(queries, (m) => `var s${v}_${m} = 0.0;`, " ")}`)}
-    for (var chunk = 0u; chunk < ${d / lanes}u; chunk++) {
+    for (var chunk = 0u; chunk < ${d / lanes}u * params.one; chunk++) {
 ${each(tokenVectors, (v) => each(words, (w) => `      let k${v}_${w} = kvRows[a${v} + chunk * ${words}u + ${w}u];`))}
 ${each(queries, (m) => `      let f${m} = qHalf[${m * d}u + chunk * ${lanes}u + lane];`)}
 ${template.lanePlan.subgroups ? "" : `      workgroupBarrier();\n${each(queries, (m) => `      exchange[${m * lanes}u + lane] = f${m};`)}\n      workgroupBarrier();`}
 ${each(
   words,
   (w) => `      { ${each(tokenVectors, (v) => `let x${v} = unpack2x16float(k${v}_${w});`, " ")}
-${each(queries, (m) => `        { let b0 = ${broadcast(s, `f${m}`, 2 * w, `${m * lanes}u`)}; let b1 = ${broadcast(s, `f${m}`, 2 * w + 1, `${m * lanes}u`)}; ${each(tokenVectors, (v) => `s${v}_${m} += b0 * x${v}.x; s${v}_${m} += b1 * x${v}.y;`, " ")} }`)} }`,
+${each(queries, (m) => `        { let b0 = ${broadcast(s, `f${m}`, 2 * w, `${m * lanes}u`)}; let b1 = ${broadcast(s, `f${m}`, 2 * w + 1, `${m * lanes}u`)}; ${each(tokenVectors, (v) => `s${v}_${m} = fma(b1, x${v}.y, fma(b0, x${v}.x, s${v}_${m}));`, " ")} }`)} }`,
 )}
     }
 ${each(tokenVectors, (v) => each(queries, (m) => `    let seen${v}_${m} = t${v} <= see${Math.floor(m / heads)}; s${v}_${m} = select(${SENTINEL}, s${v}_${m}, seen${v}_${m});`))}`;
@@ -333,7 +325,7 @@ function finishSealed(s: Shapes): string {
   const bits = template.format.valueBits;
   if (bits === 16) return "";
   return `${each(queries, (m) => each(parts, (g) => `  zero${m}_${g} = laneSum(zero${m}_${g}, lane);`))}
-${each(queries, (m) => each(channelVectors, (c) => `  o${m}_${c} = o${m}_${c} * ${placeFactor(bits, `(${c * lanes}u + lane)`)} + zero${m}_${Math.floor((c * lanes) / 32)};`))}`;
+${each(queries, (m) => each(channelVectors, (c) => `  o${m}_${c} = fma(o${m}_${c}, ${placeFactor(bits, `(${c * lanes}u + lane)`)}, zero${m}_${Math.floor((c * lanes) / 32)});`))}`;
 }
 
 /** Multiplies o by the Hadamard matrix through workgroup memory. */
@@ -350,16 +342,16 @@ function rotateFunction({ d, lanes, queries }: Shapes): string {
   return `
 // Orthonormal Hadamard transform of each query's d values in qSealed.
 fn rotate(lane: u32) {
-  for (var stride = 1u; stride < ${d}u; stride *= 2u) {
+  for (var stride = 1u; stride < ${d}u * params.one; stride *= 2u) {
     workgroupBarrier();
-    for (var i = lane; i < ${(queries * d) / 2}u; i += ${lanes}u) {
+    for (var i = lane; i < ${(queries * d) / 2}u * params.one; i += ${lanes}u) {
       let at = (i / stride) * 2u * stride + i % stride;
       let a = qSealed[at]; let b = qSealed[at + stride];
       qSealed[at] = a + b; qSealed[at + stride] = a - b;
     }
   }
   workgroupBarrier();
-  for (var i = lane; i < ${queries * d}u; i += ${lanes}u) { qSealed[i] *= ${1 / Math.sqrt(d)}; }
+  for (var i = lane; i < ${queries * d}u * params.one; i += ${lanes}u) { qSealed[i] *= ${1 / Math.sqrt(d)}; }
   workgroupBarrier();
 }`;
 }
@@ -372,7 +364,7 @@ function loadQueries(s: Shapes): string {
   const row = (m: number) => (kind === "prefill" ? `min(firstRow + ${Math.floor(m / heads)}u, lastRow)` : "row");
   const half = kind !== "split";
   const sealed = kind !== "merge";
-  return `${each(queries, (m) => `  for (var c = lane; c < ${d}u; c += ${lanes}u) { let x = qkv[${row(m)} * ${width}u + (firstHead + ${m % heads}u) * ${d}u + c] * ${scale}; ${sealed ? `qSealed[${m * d}u + c] = x;` : ""} ${half ? `qHalf[${m * d}u + c] = x;` : ""} }`)}
+  return `${each(queries, (m) => `  for (var c = lane; c < ${d}u * params.one; c += ${lanes}u) { let x = qkv[${row(m)} * ${width}u + (firstHead + ${m % heads}u) * ${d}u + c] * ${scale}; ${sealed ? `qSealed[${m * d}u + c] = x;` : ""} ${half ? `qHalf[${m * d}u + c] = x;` : ""} }`)}
   workgroupBarrier();
 ${sealed && template.format.rotated ? "  rotate(lane);" : ""}`;
 }
@@ -390,10 +382,12 @@ function head(s: Shapes, bindings: string): string {
   const bits = template.format.keyBits;
   const words = d / codesPerWord(bits);
   const weights = Math.max(1, parts);
-  return `${kind === "prefill" ? "" : "requires immediate_address_space;"}
+  return `requires immediate_address_space;
 ${template.lanePlan.subgroups ? "enable subgroups;" : ""}
 ${bindings}
-${kind === "prefill" ? "" : "struct Step { firstRow: u32 }\nvar<immediate> params: Step;"}
+// one is 1: loops that the driver must not unroll multiply their bound by it.
+struct Step { one: u32, firstRow: u32 }
+var<immediate> params: Step;
 var<workgroup> qSealed: array<f32, ${queries * d}>;
 ${kind === "split" ? "" : `var<workgroup> qHalf: array<f32, ${queries * d}>;`}
 var<workgroup> weights: array<f32, ${weights * queries * 32}>;
@@ -548,8 +542,8 @@ ${each(
     let add = select(exp2(part - next), 1.0, next == part);
     top${m} = next;
     // The other kernels keep a total a lane; lane 0 takes what is already summed.
-    total${m} = total${m} * keep + select(0.0, partials[at + ${headDim + 1}u] * add, lane == 0u);
-    ${each(s.channelVectors, (c) => `o${m}_${c} = o${m}_${c} * keep + partials[at + ${c * s.lanes}u + lane] * add;`, "\n    ")}
+    total${m} = fma(total${m}, keep, select(0.0, partials[at + ${headDim + 1}u] * add, lane == 0u));
+    ${each(s.channelVectors, (c) => `o${m}_${c} = fma(o${m}_${c}, keep, partials[at + ${c * s.lanes}u + lane] * add);`, "\n    ")}
   }`,
 )}
 ${unrotate(s)}

@@ -229,11 +229,11 @@ async function compileKernels(gpu: Gpu, options: KvKernelOptions, template: Atte
   const [prefillWrite, decodeWrite, prefillSeal, decodeSeal, prefill, split, merge] = await Promise.all([
     compile("write prefill", kvWriteWgsl({ ...write, phase: "prefill" }), "wrrwww", 4),
     compile("write decode", kvWriteWgsl({ ...write, phase: "decode" }), "wrrww", 4),
-    compile("seal prefill", kvSealWgsl({ ...seal, ...chunkSource }), "rrrww"),
-    compile("seal decode", kvSealWgsl({ ...seal, ...residualSource }), "rrrww"),
-    compile("attention prefill", prefillAttentionWgsl(template), "rrrrrw"),
-    compile("attention split", splitAttentionWgsl(template), "rrrrw", 4),
-    compile("attention merge", mergeAttentionWgsl(template), "rrrrw", 4),
+    compile("seal prefill", kvSealWgsl({ ...seal, ...chunkSource }), "rrrww", 4),
+    compile("seal decode", kvSealWgsl({ ...seal, ...residualSource }), "rrrww", 4),
+    compile("attention prefill", prefillAttentionWgsl(template), "rrrrrw", 8),
+    compile("attention split", splitAttentionWgsl(template), "rrrrw", 8),
+    compile("attention merge", mergeAttentionWgsl(template), "rrrrw", 8),
   ]);
   return { prefillWrite, decodeWrite, prefillSeal, decodeSeal, prefill, split, merge };
 }
@@ -318,14 +318,18 @@ function bindLayer(shared: Shared, layer: KvLayerBuffers): KvLayer {
   const writeGrid = Math.ceil(((heads + 2 * shape.kvHeads) * shape.headDim) / 4 / WRITE_THREADS);
   const sealGroups = shape.blockTokens / 32;
   const headParts = heads / template.queryHeads;
+  // Immediates: rows start at `first` in the write kernels; `one` and the first row of a round in the others.
   const first = new Uint32Array(1);
+  const one = new Uint32Array([1]);
+  const round = new Uint32Array([1, 0]);
   return {
     encodePrefill(pass, plan) {
       if (plan.rows === 0) return;
       first[0] = 0;
       prefillWrite.encode(pass, first, [writeGrid, plan.rows]);
-      if (plan.blocks > 0) prefillSeal.encode(pass, undefined, [plan.blocks * sealGroups, shape.kvHeads, 2]);
-      prefill.encode(pass, undefined, [plan.tiles, headParts]);
+      if (plan.blocks > 0) prefillSeal.encode(pass, one, [plan.blocks * sealGroups, shape.kvHeads, 2]);
+      round[1] = 0;
+      prefill.encode(pass, round, [plan.tiles, headParts]);
     },
     encodeDecode(pass, plan) {
       if (plan.rows === 0) return;
@@ -333,13 +337,13 @@ function bindLayer(shared: Shared, layer: KvLayerBuffers): KvLayer {
       decodeWrite.encode(pass, first, [writeGrid, plan.rows]);
       for (let row = 0; row < plan.rows; row += partialRows) {
         const rows = Math.min(partialRows, plan.rows - row);
-        first[0] = row;
-        if (plan.splits > 0) split.encode(pass, first, [plan.splits, headParts, rows]);
-        merge.encode(pass, first, [1, headParts, rows]);
+        round[1] = row;
+        if (plan.splits > 0) split.encode(pass, round, [plan.splits, headParts, rows]);
+        merge.encode(pass, round, [1, headParts, rows]);
       }
     },
     encodeSeal(pass, plan) {
-      if (plan.blocks > 0) decodeSeal.encode(pass, undefined, [plan.blocks * sealGroups, shape.kvHeads, 2]);
+      if (plan.blocks > 0) decodeSeal.encode(pass, one, [plan.blocks * sealGroups, shape.kvHeads, 2]);
     },
   };
 }

@@ -41,7 +41,7 @@ function keysText(template: KvSealTemplate): string {
       pages[page + kvHead * ${layout.head}u + ${layout.keyCodes}u + group * ${words * 32}u + column * 128u + token * min(4u, ${words}u - column * 4u) + w % 4u] = ${value};
     }`;
   if (bits === 16) {
-    return `  for (var w = 0u; w < ${words}u; w++) {
+    return `  for (var w = 0u; w < ${words}u * params.one; w++) {
     let value = source[begin + w];
     flag(value, slot, 1u);
 ${put("value")}
@@ -54,7 +54,7 @@ ${
   if (kvHead == 0u) { norms[token] = norm; }
   let divisor = unpack2x16float(norm).x;
   rotateRow(token);
-  for (var c = 0u; c < ${d}u; c++) {
+  for (var c = 0u; c < ${d}u * params.one; c++) {
     let at = token * ${d + 1}u + c;
     tile[at] = select(tile[at] / divisor, 0.0, divisor == 0.0);
   }`
@@ -69,10 +69,10 @@ ${
   }`
     : ""
 }
-  for (var c = token; c < ${d}u; c += 32u) {
+  for (var c = token; c < ${d}u * params.one; c += 32u) {
     var low = tile[c];
     var high = low;
-    for (var t = 1u; t < 32u; t++) {
+    for (var t = 1u; t < 32u * params.one; t++) {
       let x = tile[t * ${d + 1}u + c];
       low = min(low, x);
       high = max(high, x);
@@ -86,9 +86,9 @@ ${
     pages[page + kvHead * ${layout.head}u + ${layout.keyMeta}u + group * ${d}u + c - inWord + (inWord % ${perWord / 2}u) * 2u + inWord / ${perWord / 2}u] = both;
   }
   workgroupBarrier();
-  for (var w = 0u; w < ${words}u; w++) {
+  for (var w = 0u; w < ${words}u * params.one; w++) {
     var value = 0u;
-    for (var j = 0u; j < ${perWord}u; j++) {
+    for (var j = 0u; j < ${perWord}u * params.one; j++) {
       let c = w * ${perWord}u + j;
       let sz = channelScale[c];
       value |= codeKey(tile[token * ${d + 1}u + c], sz.x, sz.y) << (j * ${bits}u);
@@ -106,7 +106,7 @@ function valuesText(template: KvSealTemplate): string {
   const words = d / perWord;
   const codes = `page + kvHead * ${layout.head}u + ${layout.valueCodes}u + (((group * 32u + token) / 4u) * ${words}u + w) * 4u + token % 4u`;
   if (bits === 16) {
-    return `  for (var w = 0u; w < ${words}u; w++) {
+    return `  for (var w = 0u; w < ${words}u * params.one; w++) {
     let value = source[begin + w];
     flag(value, slot, 2u);
     pages[${codes}] = value;
@@ -114,11 +114,11 @@ function valuesText(template: KvSealTemplate): string {
   }
   return `  loadRow(begin, token, slot, 2u);
 ${format.rotated ? "  rotateRow(token);" : ""}
-  for (var part = 0u; part < ${d / 32}u; part++) {
+  for (var part = 0u; part < ${d / 32}u * params.one; part++) {
     let row = token * ${d + 1}u + part * 32u;
     var low = tile[row];
     var high = low;
-    for (var i = 1u; i < 32u; i++) {
+    for (var i = 1u; i < 32u * params.one; i++) {
       low = min(low, tile[row + i]);
       high = max(high, tile[row + i]);
     }
@@ -128,10 +128,10 @@ ${format.rotated ? "  rotateRow(token);" : ""}
     let both = scale | (zero << 16u);
     let sz = unpack2x16float(both);
     pages[page + kvHead * ${layout.head}u + ${layout.valueMeta}u + (((group * 32u + token) / 4u) * ${d / 32}u + part) * 4u + token % 4u] = both;
-    for (var k = 0u; k < ${32 / perWord}u; k++) {
+    for (var k = 0u; k < ${32 / perWord}u * params.one; k++) {
       let w = part * ${32 / perWord}u + k;
       var value = 0u;
-      for (var j = 0u; j < ${perWord}u; j++) {
+      for (var j = 0u; j < ${perWord}u * params.one; j++) {
         value |= codeValue(tile[row + k * ${perWord}u + j], sz.x, sz.y) << (j * ${bits}u);
       }
       pages[${codes}] = value;
@@ -146,8 +146,8 @@ function rowText({ format, shape }: KvSealTemplate): string {
 // Orthonormal Hadamard transform of a token's row, stages 1, 2, 4, ...
 fn rotateRow(token: u32) {
   let row = token * ${d + 1}u;
-  for (var stride = 1u; stride < ${d}u; stride *= 2u) {
-    for (var i = 0u; i < ${d / 2}u; i++) {
+  for (var stride = 1u; stride < ${d}u * params.one; stride *= 2u) {
+    for (var i = 0u; i < ${d / 2}u * params.one; i++) {
       let at = row + (i / stride) * 2u * stride + i % stride;
       let a = tile[at];
       let b = tile[at + stride];
@@ -155,12 +155,12 @@ fn rotateRow(token: u32) {
       tile[at + stride] = a - b;
     }
   }
-  for (var i = 0u; i < ${d}u; i++) { tile[row + i] *= ${Math.fround(1 / Math.sqrt(d))}; }
+  for (var i = 0u; i < ${d}u * params.one; i++) { tile[row + i] *= ${Math.fround(1 / Math.sqrt(d))}; }
 }
 // f16 bits of sqrt(mean of squares) of a token's K over all heads.
 fn keyNorm(begin: u32) -> u32 {
   var sum = 0.0;
-  for (var w = 0u; w < ${words}u; w++) {
+  for (var w = 0u; w < ${words}u * params.one; w++) {
     let x = unpack2x16float(source[begin + w]);
     sum += x.x * x.x;
     sum += x.y * x.y;
@@ -169,7 +169,7 @@ fn keyNorm(begin: u32) -> u32 {
 }`;
   return `
 fn loadRow(begin: u32, token: u32, slot: u32, bit: u32) {
-  for (var w = 0u; w < ${d / 2}u; w++) {
+  for (var w = 0u; w < ${d / 2}u * params.one; w++) {
     let value = source[begin + w];
     flag(value, slot, bit);
     let x = unpack2x16float(value);
@@ -185,7 +185,11 @@ export function kvSealWgsl(template: KvSealTemplate): string {
   const d = shape.headDim;
   const groups = shape.blockTokens / 32;
   const quantized = format.keyBits < 16 || format.valueBits < 16;
-  return `@group(0) @binding(0) var<storage, read> source: array<u32>;
+  return `requires immediate_address_space;
+// one is 1: loops that the driver must not unroll multiply their bound by it.
+struct Step { one: u32 }
+var<immediate> params: Step;
+@group(0) @binding(0) var<storage, read> source: array<u32>;
 @group(0) @binding(1) var<storage, read> seals: array<vec4u>;
 @group(0) @binding(2) var<storage, read> pageTable: array<u32>;
 @group(0) @binding(3) var<storage, read_write> pages: array<u32>;
