@@ -4,9 +4,7 @@ import { address, bytes, decimal, integer, list, option, port } from "./option-v
 
 describe("option values", () => {
   it("reads whole numbers in range and nothing else", () => {
-    fc.assert(
-      fc.property(fc.integer({ min: 3, max: 99 }), (value) => expect(integer(3, 99)(String(value))).toBe(value)),
-    );
+    fc.assert(fc.property(fc.integer({ min: 3, max: 99 }), (value) => integer(3, 99)(String(value)) === value));
     for (const wrong of ["2", "100", "", "-4", "5.5", "0x10", "1e1", "four"]) {
       expect(() => integer(3, 99)(wrong), wrong).toThrow(/from 3 to 99/);
     }

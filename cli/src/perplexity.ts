@@ -51,12 +51,6 @@ async function scoreWindow(runner: ModelRunner, window: Uint32Array): Promise<nu
   return sum;
 }
 
-/** Bits that a sealed block takes for each element of K and V. */
-export function bitsPerElement(runner: Pick<ModelRunner, "kv">): number {
-  const { blockBytes, layers, kvHeads, headDim, blockTokens } = runner.kv;
-  return (blockBytes * 8) / (layers * 2 * kvHeads * headDim * blockTokens);
-}
-
 /**
  * Perplexity over all windows: exp of minus the mean log-probability.
  * @throws ClusterError INVALID_ARGUMENT where the text has not one whole window.
@@ -84,6 +78,6 @@ export async function perplexity(
     kvFormat: runner.kv.format.name,
     perplexity: Math.exp(-sum / count),
     tokens: count,
-    bitsPerElement: bitsPerElement(runner),
+    bitsPerElement: runner.kv.bitsPerElement,
   };
 }

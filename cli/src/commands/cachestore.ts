@@ -5,7 +5,7 @@ import type { Command } from "commander";
 import { cacheFolder } from "../cache-folder.ts";
 import { redisSeams } from "../cluster/cluster-seams.ts";
 import { addListenerOptions, type ListenerOptions, listenerConfig } from "../listener-options.ts";
-import { bytes, option, port } from "../option-values.ts";
+import { address, bytes, option, port } from "../option-values.ts";
 import { serveUntil, terminationSignal } from "../shutdown.ts";
 import type { CommandContext } from "./command-context.ts";
 
@@ -16,7 +16,8 @@ interface CachestoreOptions extends ListenerOptions {
   readonly diskBytes: number;
   readonly metricsPort?: number;
   readonly redis?: string;
-  readonly id: string;
+  readonly id?: string;
+  readonly advertisedAddress?: string;
 }
 
 const DRAIN_MS = 5_000;
@@ -48,8 +49,18 @@ export function addCachestoreCommand(program: Command, context: CommandContext):
       option("--disk-bytes <bytes>", "limit of the disk tier").argParser(bytes).default(DEFAULT_DISK_BYTES, "16GiB"),
     )
     .addOption(option("--metrics-port <port>", "serve /metrics, /healthz and /readyz there").argParser(port))
+    .addOption(
+      option(
+        "--advertised-address <address>",
+        "host:port under which workers reach it, where that is another",
+      ).argParser(address),
+    )
     .addOption(option("--redis <url>", "announce this cachestore there, so that workers find it"))
-    .addOption(option("--id <id>", "name in the membership").env("KIVIMESH_CACHESTORE_ID").default("cachestore"));
+    .addOption(
+      option("--id <id>", "name in the membership and in metrics (default: made up at each start)").env(
+        "KIVIMESH_CACHESTORE_ID",
+      ),
+    );
   addListenerOptions(command, "info", DRAIN_MS)
     .addHelpText("after", EXAMPLES)
     .action((options: CachestoreOptions) => cachestore(options, context));
@@ -58,7 +69,7 @@ export function addCachestoreCommand(program: Command, context: CommandContext):
 async function cachestore(options: CachestoreOptions, { output }: CommandContext): Promise<void> {
   const termination = terminationSignal(output);
   const seams = options.redis === undefined ? undefined : redisSeams(options.redis, options.logLevel);
-  const { metricsPort } = options;
+  const { metricsPort, id, advertisedAddress } = options;
   try {
     const service = await startCachestore({
       ...(await listenerConfig(options)),
@@ -67,11 +78,12 @@ async function cachestore(options: CachestoreOptions, { output }: CommandContext
       dataDirectory: options.dataDirectory ?? join(cacheFolder(), "cachestore"),
       memoryBytes: options.memoryBytes,
       diskBytes: options.diskBytes,
-      id: options.id,
       ...(metricsPort === undefined ? {} : { metricsPort }),
+      ...(id === undefined ? {} : { id }),
+      ...(advertisedAddress === undefined ? {} : { advertisedAddress }),
       ...(seams === undefined ? {} : { membership: seams.membership }),
     });
-    output.notice(`cachestore ${options.id}: gRPC ${service.address}`);
+    output.notice(`cachestore ${service.id}: gRPC ${service.address}`);
     await serveUntil(termination.signal, service, options.drainTimeoutMs);
   } finally {
     await seams?.close();

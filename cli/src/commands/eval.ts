@@ -1,6 +1,6 @@
 /** `kivimesh eval perplexity`: what a KV format costs in quality. */
 import { readFile } from "node:fs/promises";
-import { ModelTokenizer } from "@kivimesh/gateway";
+import { Tokenizer } from "@huggingface/tokenizers";
 import { KV_FORMAT_NAMES } from "@kivimesh/kernels";
 import { ClusterError } from "@kivimesh/proto";
 import { type LoadedModel, loadModel, openModelRunner } from "@kivimesh/worker";
@@ -47,10 +47,13 @@ async function readText(path: string): Promise<string> {
   }
 }
 
-/** Token ids of the text, without special tokens before it. */
+/** Token ids of the text, without special tokens before or after it. */
 function tokenize(model: LoadedModel, text: string): Uint32Array {
-  const tokenizer = new ModelTokenizer({ name: model.name, ...model.tokenizer, beginTokenId: -1 });
-  return Uint32Array.from(tokenizer.encode(text));
+  const { tokenizerJson, tokenizerConfigJson } = model.tokenizer;
+  const parts = { normalizer: null, pre_tokenizer: null, post_processor: null, decoder: null, added_tokens: [] };
+  const config = tokenizerConfigJson === "" ? {} : JSON.parse(tokenizerConfigJson);
+  const tokenizer = new Tokenizer({ ...parts, ...JSON.parse(tokenizerJson) }, config);
+  return Uint32Array.from(tokenizer.encode(text, { add_special_tokens: false }).ids);
 }
 
 async function evalPerplexity(options: EvalOptions, { output }: CommandContext): Promise<void> {

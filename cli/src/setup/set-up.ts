@@ -3,8 +3,8 @@ import { prepareDriverEnvironment } from "../driver-environment.ts";
 import { DEFAULT_MODEL, knownModel } from "../model/known-models.ts";
 import { parseHubReference } from "../model/model-source.ts";
 import { pullModel } from "../model/pull.ts";
+import { ensureTestPrograms } from "./programs.ts";
 import { ensureTestPython } from "./python.ts";
-import { ensureRedisServer } from "./redis.ts";
 import { step } from "./step.ts";
 import { ensureVulkanDriver } from "./vulkan-driver.ts";
 
@@ -25,7 +25,7 @@ export async function setUpForServing(options: readonly string[]): Promise<void>
 export async function setUpForTests(): Promise<NodeJS.ProcessEnv> {
   prepareDriverEnvironment();
   await ensureVulkanDriver();
-  await ensureRedisServer();
+  await ensureTestPrograms();
   const python = await ensureTestPython();
   const { model } = await step(`fetching model ${DEFAULT_MODEL}`, () => pullModel(DEFAULT_MODEL));
   return { ...process.env, KIVIMESH_TEST_PYTHON: python, KIVIMESH_TEST_MODEL_PATH: model.path };

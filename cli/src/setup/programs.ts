@@ -1,0 +1,19 @@
+/** Programs of the system that the tests call. */
+import { spawnSync } from "node:child_process";
+import { installPackages } from "./apt.ts";
+import { step } from "./step.ts";
+
+/** Program, the Debian package that has it, and why. */
+const TEST_PROGRAMS = [
+  { program: "redis-server", debianPackage: "redis-server", purpose: "redis-server (for the tests)" },
+  { program: "curl", debianPackage: "curl", purpose: "curl (an example of the README uses it)" },
+  { program: "ps", debianPackage: "procps", purpose: "ps (for the tests)" },
+];
+
+/** Installs what lacks. @throws SetupError with the command to run where it may not. */
+export async function ensureTestPrograms(): Promise<void> {
+  for (const { program, debianPackage, purpose } of TEST_PROGRAMS) {
+    if (spawnSync(program, ["--version"], { stdio: "ignore" }).status === 0) continue;
+    await step(`installing ${program}`, () => installPackages({ packages: [debianPackage], purpose }));
+  }
+}
