@@ -103,7 +103,7 @@ describe.each([
     };
     const alone = await run(0, pages(0, 6), false);
     const batched = await run(2, pages(20, 6), true);
-    alone.forEach((logits, step) => expectSameBits(batched[step] as Float32Array, logits));
+    for (const [step, logits] of alone.entries()) expectSameBits(batched[step] as Float32Array, logits);
   });
 
   test("whether its blocks were computed here or brought back from bytes", async () => {

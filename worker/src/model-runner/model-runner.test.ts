@@ -41,7 +41,7 @@ test("scores are the log-probabilities of the targets, whatever the chunks", asy
     prefill: [{ slot: 0, tokens, position: 0, pageTable: table, score: targets }],
     decode: [],
   });
-  const [{ logprobs }] = whole.scores as [{ logprobs: Float32Array }];
+  const logprobs = whole.scores[0]?.logprobs ?? new Float32Array();
   for (const row of [0, 31, 32, 63, 99]) {
     const { logits } = await prefill(runner, tokens.slice(0, row + 1), 1, pages(8, 4));
     expect(logprobs[row]).toBe(Math.fround(logSoftmaxAt(logits, targets[row] as number)));
@@ -61,7 +61,7 @@ test("the sampled token's logprob belongs to the returned logits", async () => {
   const tokens = promptTokens(20, VOCABULARY, 5);
   const chunk = chunkOf(tokens, 0, 20, 0, []);
   const { sampled } = await runner.step({ prefill: [chunk], decode: [] });
-  const [{ token, logprob, logits }] = sampled as [{ token: number; logprob: number; logits: Float32Array }];
+  const { token = -1, logprob = 1, logits = new Float32Array() } = sampled[0] ?? {};
   expect(token).toBe(logits.indexOf(Math.max(...logits)));
   expect(logprob).toBeCloseTo(logSoftmaxAt(logits, token), 4);
 });
