@@ -138,8 +138,7 @@ export class Coordinator {
     if (!run.done) {
       this.endAttempt(run);
       this.forget(run);
-      this.options.observer.ended("cancelled", seconds(run), undefined);
-      this.options.log.debug({ request: run.id }, "client gone");
+      this.ended(run, "cancelled", undefined);
     }
   }
 
@@ -332,7 +331,7 @@ export class Coordinator {
     const usage = clientUsage(facts, reported);
     this.forget(run);
     run.push({ kind: "finished", outcome: stopping.outcome, usage });
-    this.options.observer.ended(stopping.outcome, seconds(run), usage);
+    this.ended(run, stopping.outcome, usage);
   }
 
   private fail(run: RunningRequest, error: ClusterError): void {
@@ -340,8 +339,21 @@ export class Coordinator {
       this.endAttempt(run);
       this.forget(run);
       run.fail(error);
-      this.options.observer.ended(error.code, seconds(run), undefined);
+      this.ended(run, error.code, undefined);
     }
+  }
+
+  private ended(run: RunningRequest, how: RequestOutcome | ErrorCode, usage: Usage | undefined): void {
+    const seconds = (performance.now() - run.startedMs) / 1000;
+    this.options.observer.ended(how, seconds, usage);
+    const { prompt, clientRequestId } = run.request;
+    const counts = {
+      promptTokens: prompt.length,
+      completionTokens: run.ledger.tokens.length,
+      attempts: run.ledger.epoch,
+    };
+    const facts = { request: run.id, clientRequestId, worker: run.workerId, outcome: how, ...counts, seconds };
+    this.options.log.info(facts, "request ended");
   }
 
   private forget(run: RunningRequest): void {
@@ -388,8 +400,4 @@ export class Coordinator {
 
 function attemptKey(workerId: string, requestId: string, epoch: number): string {
   return `${workerId}/${requestId}.${epoch}`;
-}
-
-function seconds(run: RunningRequest): number {
-  return (performance.now() - run.startedMs) / 1000;
 }

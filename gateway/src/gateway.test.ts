@@ -1,17 +1,23 @@
 /** What clients see when parts of the cluster fail, drain or overflow. */
 import { setTimeout as delay } from "node:timers/promises";
-import { redisJobQueues, redisMembership } from "@kivimesh/proto";
-import { type RedisServer, startRedis } from "@kivimesh/proto/testing";
+import { type JobQueues, pgliteJobQueues } from "@kivimesh/proto";
 import OpenAI from "openai";
-import { afterEach, describe, expect, it } from "vitest";
+import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
 import type { GatewayConfig } from "./config.ts";
-import { type Gateway, startGateway } from "./gateway.ts";
+import { startGateway } from "./gateway.ts";
+import { ask, client, codeOf, messages, stream } from "./testing/chat-client.ts";
 import { metric, TestCluster, until } from "./testing/cluster.ts";
 
 const answer = "The quick 🦊 jumps over the lazy dog, and then it does so again.";
-const messages = [{ role: "user" as const, content: "hi" }];
 
+let queues: JobQueues;
 let cluster: TestCluster | undefined;
+
+beforeAll(async () => {
+  queues = await pgliteJobQueues();
+});
+
+afterAll(() => queues.close());
 
 afterEach(async () => {
   await cluster?.[Symbol.asyncDispose]();
@@ -20,46 +26,11 @@ afterEach(async () => {
 
 /** Workers of these ids, in that order of preference for an idle cluster, and a gateway. */
 async function start(ids: readonly string[], config: GatewayConfig = {}) {
-  cluster = await TestCluster.start();
+  cluster = await TestCluster.start(queues);
   const workers = [];
   for (const id of ids) workers.push(await cluster.worker(id, { behaviour: { answer } }));
   const gateway = await cluster.gateway(config);
   return { cluster, workers, gateway };
-}
-
-function client(gateway: Gateway): OpenAI {
-  return new OpenAI({ baseURL: `${gateway.httpUrl}/v1`, apiKey: "unused", maxRetries: 0 });
-}
-
-/** Streams a chat. `text` grows while it runs. */
-function stream(gateway: Gateway, options: { signal?: AbortSignal; pin?: string } = {}) {
-  const state = { text: "", usage: undefined as OpenAI.CompletionUsage | undefined, reason: "" };
-  const headers = options.pin === undefined ? {} : { "x-kivimesh-worker": options.pin };
-  const done = (async () => {
-    const chunks = await client(gateway).chat.completions.create(
-      { model: "scripted", messages, stream: true, stream_options: { include_usage: true } },
-      { headers, ...(options.signal === undefined ? {} : { signal: options.signal }) },
-    );
-    for await (const chunk of chunks) {
-      state.text += chunk.choices[0]?.delta.content ?? "";
-      state.reason = chunk.choices[0]?.finish_reason ?? state.reason;
-      state.usage = chunk.usage ?? state.usage;
-    }
-  })();
-  done.catch(() => undefined);
-  return { state, done };
-}
-
-function ask(gateway: Gateway): Promise<Response> {
-  return fetch(`${gateway.httpUrl}/v1/chat/completions`, {
-    method: "POST",
-    headers: { "content-type": "application/json" },
-    body: JSON.stringify({ model: "scripted", messages }),
-  });
-}
-
-async function codeOf(response: Response): Promise<string> {
-  return ((await response.json()) as { error: { code: string } }).error.code;
 }
 
 describe("a worker that fails", () => {
@@ -81,8 +52,10 @@ describe("a worker that fails", () => {
       promptTokens: job?.promptTokens,
       seed: job?.seed,
     });
-    expect(resumed?.tokens).toHaveLength((job?.promptTokens ?? 0) + 20);
-    expect(resumed?.maxTokens).toBe((job?.maxTokens ?? 0) - 20);
+    const kept = (resumed?.tokens.length ?? 0) - (job?.promptTokens ?? 0);
+    expect(kept).toBeGreaterThan(0);
+    expect(kept).toBeLessThanOrEqual(20);
+    expect(resumed?.maxTokens).toBe((job?.maxTokens ?? 0) - kept);
     expect(state.usage).toMatchObject({ prompt_tokens: job?.promptTokens, kivimesh: { worker: "b" } });
     expect(state.usage?.completion_tokens).toBeGreaterThan(60);
     expect(await metric(gateway, 'kivimesh_gateway_requeues_total{reason="worker_lost"}')).toBe(1);
@@ -206,7 +179,7 @@ describe("limits", () => {
   });
 
   it("counts what all gateways have put into the queues", async () => {
-    cluster = await TestCluster.start();
+    cluster = await TestCluster.start(queues);
     const worker = await cluster.worker("a", { concurrency: 1, behaviour: { answer, pauseAt: 2 } });
     const other = await cluster.gateway();
     const gateway = await cluster.gateway({ limits: { maxQueuedJobs: 2 } });
@@ -226,7 +199,7 @@ describe("limits", () => {
   });
 
   it("refuses listeners and settings that are not allowed, by name", async () => {
-    cluster = await TestCluster.start();
+    cluster = await TestCluster.start(queues);
     const seams = { jobQueues: cluster.jobQueues, membership: cluster.membership };
     await expect(startGateway({ host: "0.0.0.0" }, seams)).rejects.toThrow(/cluster secret/);
     const open = { host: "0.0.0.0", clusterSecret: "long enough" };
@@ -254,34 +227,5 @@ describe("routing", () => {
     expect(workers.map((worker) => worker.jobs.length)).toEqual([0, 2]);
     await client(gateway).chat.completions.create({ ...body, cache_salt: "mine" } as typeof body);
     expect(workers.map((worker) => worker.jobs.length)).toEqual([1, 2]);
-  });
-});
-
-describe("Redis", () => {
-  it("lost: running streams go on, new requests get 503 with a retry delay, until it is back", async () => {
-    const redis: RedisServer = await startRedis();
-    try {
-      cluster = await TestCluster.start(redisJobQueues({ url: redis.url }), redisMembership({ url: redis.url }));
-      const worker = await cluster.worker("a", { behaviour: { answer, pauseAt: 20 } });
-      const gateway = await cluster.gateway();
-      const { state, done } = stream(gateway);
-      await until("text", () => state.text.length > 10);
-      await redis.kill();
-      const refused = await ask(gateway);
-      expect([refused.status, await codeOf(refused)]).toEqual([503, "queue_unavailable"]);
-      expect(Number(refused.headers.get("retry-after"))).toBeGreaterThan(0);
-      await delay(4_000);
-      expect((await fetch(`${gateway.httpUrl}/readyz`)).status).toBe(503);
-      worker.behaviour.pauseAt = Number.POSITIVE_INFINITY;
-      await done;
-      expect(state.text).toBe(answer);
-      await redis.restart();
-      await until("readiness", async () => (await fetch(`${gateway.httpUrl}/readyz`)).status === 200);
-      await until("an answer", async () => (await ask(gateway)).status === 200);
-      await cluster[Symbol.asyncDispose]();
-      cluster = undefined;
-    } finally {
-      await redis.stop();
-    }
   });
 });

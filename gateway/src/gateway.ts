@@ -20,7 +20,7 @@ import { WorkerRegistry } from "./worker-registry.ts";
 
 /** How often readiness is told to gRPC health checks. */
 const healthEveryMs = 250;
-/** What running gRPC calls get to end after the coordinator has ended their requests. */
+/** What running calls get to send their last words after the coordinator has ended their requests. */
 const closeGraceMs = 1_000;
 
 /** What a gateway shares with the rest of the cluster. The caller owns both and closes them after the gateway. */
@@ -127,7 +127,7 @@ async function listen(config: ResolvedGatewayConfig, parts: GatewayParts, log: L
     ...(config.tls === undefined ? {} : { tls: config.tls }),
   });
   try {
-    await http.listen({ host: config.host, port: config.httpPort });
+    await http.fastify.listen({ host: config.host, port: config.httpPort });
   } catch (error) {
     await grpc.shutdown(0);
     throw error;
@@ -140,12 +140,12 @@ async function listen(config: ResolvedGatewayConfig, parts: GatewayParts, log: L
     grpc.setServing(false);
     await ended;
     clearInterval(health);
-    await Promise.all([http.close(), grpc.shutdown(closeGraceMs)]);
+    await Promise.all([http.close(closeGraceMs), grpc.shutdown(closeGraceMs)]);
     monitor.close();
     registry.close();
     log.info("gateway closed");
   };
-  const address = http.server.address();
+  const address = http.fastify.server.address();
   const httpUrl = `${config.tls === undefined ? "http" : "https"}://${hostAndPort(config.host, typeof address === "object" ? (address?.port ?? 0) : config.httpPort)}`;
   log.info({ id: config.id, http: httpUrl, grpc: grpc.address }, "gateway listens");
   let closing: Promise<void> | undefined;

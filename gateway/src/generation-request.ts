@@ -27,6 +27,8 @@ export interface GenerationRequest {
   readonly returnFirstLogits: boolean;
   /** "": any worker. */
   readonly workerId: string;
+  /** The client's own id, for logs; "": none. */
+  readonly clientRequestId: string;
 }
 
 export const maxStopStrings = 4;

@@ -1,4 +1,5 @@
 import { Readable } from "node:stream";
+import { setTimeout as delay } from "node:timers/promises";
 import { ClusterError, toClusterError } from "@kivimesh/proto";
 import fastify, {
   type FastifyBaseLogger,
@@ -12,12 +13,15 @@ import type { ResolvedGatewayConfig } from "./config.ts";
 import type { DashboardState } from "./dashboard.ts";
 import { OpenAiAnswer, type OpenAiEndpoint, type OpenAiFinishReason } from "./openai-answer.ts";
 import { openAiError } from "./openai-error.ts";
-import { type OpenAiRequest, parseChatRequest, parseCompletionRequest } from "./openai-request.ts";
+import { type OpenAiRequest, parseChatRequest, parseCompletionRequest, type RequestOrigin } from "./openai-request.ts";
 import type { RequestOutcome } from "./running-request.ts";
 import type { ServedModel } from "./served-model.ts";
 import { sseDone, sseEvent, withPings } from "./sse.ts";
 import type { TextGeneration, TextGenerator } from "./text-generation.ts";
 
+const closePollMs = 10;
+/** How long a client may take to send its request. */
+const receiveTimeoutMs = 30_000;
 /** Pins a request to one worker (operators and tests). */
 const workerHeader = "x-kivimesh-worker";
 
@@ -35,8 +39,14 @@ export interface HttpServerOptions {
   readonly dashboardState: () => Promise<DashboardState>;
 }
 
+export interface HttpServer {
+  readonly fastify: FastifyInstance;
+  /** Waits until every answer has been sent, at most `graceMs`, then closes all connections. */
+  close(graceMs: number): Promise<void>;
+}
+
 /** The OpenAI endpoints, health, metrics and the dashboard. Not listening yet. */
-export function httpServer(options: HttpServerOptions): FastifyInstance {
+export function httpServer(options: HttpServerOptions): HttpServer {
   const { config, log } = options;
   const server = newServer(options);
   server.setErrorHandler((error, _request, reply) =>
@@ -45,9 +55,21 @@ export function httpServer(options: HttpServerOptions): FastifyInstance {
   server.setNotFoundHandler((request, reply) =>
     sendError(reply, new ClusterError("NOT_FOUND", `no such endpoint: ${request.method} ${request.url.split("?")[0]}`)),
   );
+  const open = new Set<FastifyReply>();
+  server.addHook("onRequest", async (_request, reply) => {
+    open.add(reply);
+    reply.raw.once("close", () => open.delete(reply));
+  });
   addOpenAiRoutes(server, options);
   addOperatorRoutes(server, options);
-  return server;
+  const close = async (graceMs: number) => {
+    const until = Date.now() + graceMs;
+    while (open.size > 0 && Date.now() < until) {
+      await delay(closePollMs);
+    }
+    await server.close();
+  };
+  return { fastify: server, close };
 }
 
 function newServer({ config, log }: HttpServerOptions): FastifyInstance {
@@ -57,6 +79,7 @@ function newServer({ config, log }: HttpServerOptions): FastifyInstance {
     logController: new LogController({ disableRequestLogging: true }),
     bodyLimit: config.limits.maxBodyBytes,
     forceCloseConnections: true,
+    requestTimeout: receiveTimeoutMs,
   };
   if (config.tls === undefined) {
     return fastify(common);
@@ -72,10 +95,10 @@ function addOpenAiRoutes(server: FastifyInstance, options: HttpServerOptions): v
     openAiModel(options.model(request.params["*"])),
   );
   server.post("/v1/chat/completions", (request, reply) =>
-    complete("chat", parseChatRequest(request.body, pinned(request)), reply, options),
+    complete("chat", parseChatRequest(request.body, origin(request)), reply, options),
   );
   server.post("/v1/completions", (request, reply) =>
-    complete("completion", parseCompletionRequest(request.body, pinned(request)), reply, options),
+    complete("completion", parseCompletionRequest(request.body, origin(request)), reply, options),
   );
 }
 
@@ -176,9 +199,9 @@ function finishReason(outcome: RequestOutcome): OpenAiFinishReason {
   return outcome;
 }
 
-function pinned(request: FastifyRequest): string {
-  const value = request.headers[workerHeader];
-  return typeof value === "string" ? value : "";
+function origin({ headers }: FastifyRequest): RequestOrigin {
+  const text = (value: string | string[] | undefined) => (typeof value === "string" ? value : "");
+  return { workerId: text(headers[workerHeader]), clientRequestId: text(headers["x-request-id"]) };
 }
 
 function openAiModel(model: ServedModel) {

@@ -120,7 +120,7 @@ describe("kivimesh.v1.Inference", () => {
   });
 
   it("tells a client where no worker is", async () => {
-    await using empty = await TestCluster.start();
+    await using empty = await TestCluster.start(cluster.jobQueues);
     const lonely = await empty.gateway();
     const client = createClient(Inference, lonely.grpcAddress);
     const failing = collect(client.generate({ input: { case: "prompt", value: "x" } }));

@@ -86,6 +86,7 @@ function generationRequest(request: GenerateRequest): GenerationRequest {
     cacheSalt: fields.cache_salt,
     returnFirstLogits: request.returnFirstLogits,
     workerId: request.workerId,
+    clientRequestId: request.clientRequestId,
   };
 }
 

@@ -2,11 +2,12 @@ import { ClusterError } from "@kivimesh/proto";
 import { describe, expect, it } from "vitest";
 import { parseChatRequest, parseCompletionRequest } from "./openai-request.ts";
 
+const origin = { workerId: "w", clientRequestId: "c" };
 const messages = [{ role: "user", content: "hi" }];
 
 function chatFailure(body: unknown): { parameter: string | undefined; message: string } {
   try {
-    parseChatRequest(body, "");
+    parseChatRequest(body, origin);
   } catch (error) {
     if (error instanceof ClusterError && error.code === "INVALID_ARGUMENT") return error;
     throw error;
@@ -16,7 +17,7 @@ function chatFailure(body: unknown): { parameter: string | undefined; message: s
 
 describe("parseChatRequest", () => {
   it("fills in OpenAI's defaults", () => {
-    expect(parseChatRequest({ model: "m", messages }, "w")).toEqual({
+    expect(parseChatRequest({ model: "m", messages }, origin)).toEqual({
       generation: {
         model: "m",
         input: { kind: "chat", turns: messages },
@@ -29,7 +30,7 @@ describe("parseChatRequest", () => {
         ignoreEos: false,
         cacheSalt: "",
         returnFirstLogits: false,
-        workerId: "w",
+        ...origin,
       },
       stream: false,
       includeUsage: false,
@@ -42,7 +43,7 @@ describe("parseChatRequest", () => {
         ...{ model: "m", messages, temperature: 0, top_p: 0.5, top_k: -1, seed: -1, stop: "x", max_tokens: 5 },
         ...{ max_completion_tokens: 7, stream: true, stream_options: { include_usage: true }, cache_salt: "s" },
       },
-      "",
+      origin,
     );
     expect(generation).toMatchObject({ temperature: 0, topP: 0.5, topK: 0, stop: ["x"], maxTokens: 7, cacheSalt: "s" });
     expect(generation.seed).toBe(0xffff_ffff_ffff_ffffn);
@@ -54,7 +55,7 @@ describe("parseChatRequest", () => {
       { type: "text", text: "a" },
       { type: "text", text: "b" },
     ];
-    const { generation } = parseChatRequest({ model: "m", messages: [{ role: "developer", content: parts }] }, "");
+    const { generation } = parseChatRequest({ model: "m", messages: [{ role: "developer", content: parts }] }, origin);
     expect(generation.input).toEqual({ kind: "chat", turns: [{ role: "system", content: "ab" }] });
   });
 
@@ -90,10 +91,10 @@ describe("parseChatRequest", () => {
   it("ignores what does not change the answer, and neutral values of what would", () => {
     const neutral = { n: 1, logprobs: false, tools: [], frequency_penalty: 0, response_format: { type: "text" } };
     const harmless = { user: "u", store: true, metadata: { a: "b" }, prompt_cache_key: "k" };
-    const plain = parseChatRequest({ model: "m", messages }, "");
-    expect(parseChatRequest({ model: "m", messages, ...neutral, ...harmless }, "")).toEqual(plain);
+    const plain = parseChatRequest({ model: "m", messages }, origin);
+    expect(parseChatRequest({ model: "m", messages, ...neutral, ...harmless }, origin)).toEqual(plain);
     const nulls = { temperature: null, stop: null, max_tokens: null, seed: null, stream_options: null, n: null };
-    expect(parseChatRequest({ model: "m", messages, ...nulls }, "")).toEqual(plain);
+    expect(parseChatRequest({ model: "m", messages, ...nulls }, origin)).toEqual(plain);
   });
 
   it("refuses a body that is no object", () => {
@@ -103,16 +104,16 @@ describe("parseChatRequest", () => {
 
 describe("parseCompletionRequest", () => {
   it("takes one prompt as text or tokens", () => {
-    const inputOf = (prompt: unknown) => parseCompletionRequest({ model: "m", prompt }, "").generation.input;
+    const inputOf = (prompt: unknown) => parseCompletionRequest({ model: "m", prompt }, origin).generation.input;
     expect(inputOf("a")).toEqual({ kind: "text", text: "a" });
     expect(inputOf(["a"])).toEqual({ kind: "text", text: "a" });
     expect(inputOf([1, 2])).toEqual({ kind: "tokens", ids: [1, 2] });
     expect(inputOf([[1, 2]])).toEqual({ kind: "tokens", ids: [1, 2] });
     expect(() => inputOf(["a", "b"])).toThrow(/one prompt a request/);
-    expect(() => parseCompletionRequest({ model: "m", prompt: "a", echo: true }, "")).toThrow(/echo/);
+    expect(() => parseCompletionRequest({ model: "m", prompt: "a", echo: true }, origin)).toThrow(/echo/);
   });
 
   it("has OpenAI's default length", () => {
-    expect(parseCompletionRequest({ model: "m", prompt: "a" }, "").generation.maxTokens).toBe(16);
+    expect(parseCompletionRequest({ model: "m", prompt: "a" }, origin).generation.maxTokens).toBe(16);
   });
 });

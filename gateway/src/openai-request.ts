@@ -141,17 +141,20 @@ const completionSchema = z.strictObject({
   suffix: without("is not supported", (value) => value === ""),
 });
 
+/** What the headers say. */
+export type RequestOrigin = Pick<GenerationRequest, "workerId" | "clientRequestId">;
+
 /** Checks the body of /v1/chat/completions. Throws INVALID_ARGUMENT. */
-export function parseChatRequest(body: unknown, workerId: string): OpenAiRequest {
+export function parseChatRequest(body: unknown, origin: RequestOrigin): OpenAiRequest {
   const fields = parseRequest(chatSchema, body);
   const maxTokens = fields.max_completion_tokens ?? fields.max_tokens ?? undefined;
-  return openAiRequest(fields, { kind: "chat", turns: fields.messages }, maxTokens, workerId);
+  return openAiRequest(fields, { kind: "chat", turns: fields.messages }, maxTokens, origin);
 }
 
 /** Checks the body of /v1/completions. Throws INVALID_ARGUMENT. */
-export function parseCompletionRequest(body: unknown, workerId: string): OpenAiRequest {
+export function parseCompletionRequest(body: unknown, origin: RequestOrigin): OpenAiRequest {
   const fields = parseRequest(completionSchema, body);
-  return openAiRequest(fields, fields.prompt, fields.max_tokens ?? defaultCompletionTokens, workerId);
+  return openAiRequest(fields, fields.prompt, fields.max_tokens ?? defaultCompletionTokens, origin);
 }
 
 type SharedFields = z.output<z.ZodObject<typeof shared>>;
@@ -160,7 +163,7 @@ function openAiRequest(
   fields: SharedFields,
   input: GenerationInput,
   maxTokens: number | undefined,
-  workerId: string,
+  origin: RequestOrigin,
 ): OpenAiRequest {
   return {
     generation: {
@@ -175,7 +178,7 @@ function openAiRequest(
       ignoreEos: fields.ignore_eos ?? false,
       cacheSalt: fields.cache_salt ?? "",
       returnFirstLogits: false,
-      workerId,
+      ...origin,
     },
     stream: fields.stream ?? false,
     includeUsage: fields.stream_options?.include_usage ?? false,

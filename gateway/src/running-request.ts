@@ -16,6 +16,8 @@ export interface TokenRequest {
   readonly returnFirstLogits: boolean;
   /** "": any. */
   readonly workerId: string;
+  /** For logs. */
+  readonly clientRequestId: string;
 }
 
 /** What a running request gives its reader, in order; exactly one `finished` ends it. */

@@ -30,6 +30,7 @@ export async function* withPings(source: AsyncGenerator<string>, everyMs: number
       next = source.next();
     }
   } finally {
-    await source.return(undefined);
+    // A value that is still awaited comes before the return takes effect; nobody reads it any more.
+    await Promise.allSettled([next, source.return(undefined)]);
   }
 }

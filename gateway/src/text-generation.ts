@@ -9,6 +9,7 @@ import { StopStrings } from "./stop-strings.ts";
 
 /** API keys will name tenants; until then there is one. */
 const onlyTenant = "default";
+const maxLoggedIdCharacters = 128;
 
 /** What the reader of a generation gets, in order; exactly one `finish` ends it. */
 export type GenerationEvent =
@@ -72,6 +73,7 @@ export class TextGenerator {
       tenantNamespace: tenantNamespace(clusterSecret, onlyTenant, request.cacheSalt),
       returnFirstLogits: request.returnFirstLogits,
       workerId: request.workerId,
+      clientRequestId: request.clientRequestId.slice(0, maxLoggedIdCharacters),
     });
     const text = new AnswerText(model.tokenizer.detokenizer(), new StopStrings(request.stop));
     const leave = () => {

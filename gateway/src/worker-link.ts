@@ -30,7 +30,7 @@ const maxHeldBlocks = 1_000_000;
 /** What links tell the gateway. */
 export interface WorkerEvents {
   /** Makes the model known; throws where this gateway cannot serve it. */
-  described(workerId: string, model: GetModelResponse): ServedModel;
+  described(model: GetModelResponse): ServedModel;
   /** The worker streams events: it can be given jobs. */
   joined(workerId: string): void;
   tokens(workerId: string, tokens: Tokens): void;
@@ -76,6 +76,7 @@ export class WorkerLink {
   private readonly closing = new AbortController();
   private lastEventMs = Date.now();
   private failedProbes = 0;
+  private lastProblem = "";
   private attempt: AbortController | undefined;
 
   constructor(member: Member, options: WorkerLinkOptions) {
@@ -123,8 +124,10 @@ export class WorkerLink {
         this.disconnect("its stream ended");
       } catch (error) {
         const { message, code } = toClusterError(error);
-        if (!this.closing.signal.aborted) {
-          log.warn({ worker: this.id, address: this.address, code, reason: message }, "worker not reachable");
+        // Once for each reason: it is tried again every two seconds.
+        if (!this.closing.signal.aborted && message !== this.lastProblem) {
+          this.lastProblem = message;
+          log.warn({ worker: this.id, address: this.address, code, reason: message }, "no stream from the worker");
         }
         this.disconnect(message);
       }
@@ -135,7 +138,7 @@ export class WorkerLink {
 
   private describe(described: GetModelResponse): LinkedModel {
     return {
-      model: this.options.events.described(this.id, described),
+      model: this.options.events.described(described),
       kvFormat: described.kvFormat,
       kvFormatId: described.kvFormatId,
       blockTokens: described.blockTokens,

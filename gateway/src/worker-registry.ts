@@ -1,4 +1,4 @@
-import { type GetModelResponse, type Member, type Membership, toClusterError } from "@kivimesh/proto";
+import type { GetModelResponse, Member, Membership } from "@kivimesh/proto";
 import { ModelCatalogue, type ServedModel } from "./served-model.ts";
 import { type LinkedModel, type WorkerEvents, WorkerLink, type WorkerLinkOptions } from "./worker-link.ts";
 
@@ -34,7 +34,7 @@ export class WorkerRegistry {
       limits: options.limits,
       log: options.log,
       events: {
-        described: (workerId, model) => this.described(workerId, model),
+        described: (model) => this.described(model),
         joined: (workerId) => {
           for (const wake of this.joinWaiters) wake();
           this.joinWaiters.clear();
@@ -136,17 +136,9 @@ export class WorkerRegistry {
     }
   }
 
-  private described(workerId: string, model: GetModelResponse): ServedModel {
-    try {
-      return this.catalogue.add(model, Date.now(), (known) =>
-        this.connected().every((worker) => worker.linked.model !== known),
-      );
-    } catch (error) {
-      this.options.log.error(
-        { worker: workerId, model: model.name, reason: toClusterError(error).message },
-        "worker refused",
-      );
-      throw error;
-    }
+  private described(model: GetModelResponse): ServedModel {
+    return this.catalogue.add(model, Date.now(), (known) =>
+      this.connected().every((worker) => worker.linked.model !== known),
+    );
   }
 }

@@ -28,13 +28,18 @@ export class TestCluster implements AsyncDisposable {
   readonly gateways: Gateway[] = [];
   private readonly clients: { close(): void }[] = [];
 
-  private constructor(jobQueues: JobQueues, membership: Membership) {
+  private readonly ownQueues: boolean;
+
+  private constructor(jobQueues: JobQueues, ownQueues: boolean, membership: Membership) {
     this.jobQueues = jobQueues;
+    this.ownQueues = ownQueues;
     this.membership = membership;
   }
 
+  /** Given queues stay their owner's; others live in an embedded Postgres, which takes seconds to start. */
   static async start(jobQueues?: JobQueues, membership?: Membership): Promise<TestCluster> {
-    return new TestCluster(jobQueues ?? (await pgliteJobQueues()), membership ?? localMembership());
+    const ownQueues = jobQueues === undefined;
+    return new TestCluster(jobQueues ?? (await pgliteJobQueues()), ownQueues, membership ?? localMembership());
   }
 
   async worker(id: string, options: Partial<ScriptedWorkerOptions> = {}): Promise<ScriptedWorker> {
@@ -80,7 +85,7 @@ export class TestCluster implements AsyncDisposable {
     await Promise.all(this.gateways.map((gateway) => gateway.close()));
     await Promise.all(this.workers.map((worker) => worker.close()));
     await this.membership.close();
-    await this.jobQueues.close();
+    if (this.ownQueues) await this.jobQueues.close();
   }
 }
 

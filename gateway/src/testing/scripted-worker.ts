@@ -88,7 +88,6 @@ export class ScriptedWorker {
   readonly jobs: GenerateJob[] = [];
   readonly aborts: AbortRequest[] = [];
   readonly behaviour: Behaviour;
-  /** Hex ids of blocks "in the pool". */
   readonly source = byteLevelSource();
   private readonly options: ScriptedWorkerOptions;
   private readonly tokenizer: ModelTokenizer;
@@ -275,13 +274,16 @@ export class ScriptedWorker {
       while (earlier + index >= behaviour.pauseAt && !this.isOver(job)) await delay(5);
       if (this.isOver(job)) break;
       const part = ids.slice(index, index + count);
-      const skipped = behaviour.skipIndex !== undefined && part.includes(answer[behaviour.skipIndex] ?? -1);
       const firstLogits = job.returnFirstLogits && index === 0 ? { firstLogits: new Uint8Array([1, 2, 3, 4]) } : {};
-      if (skipped) behaviour.skipIndex = undefined;
-      else send({ case: "tokens", value: { ...attempt, index, ids: part, ...firstLogits } });
-      if (behaviour.repeats) {
-        send({ case: "tokens", value: { ...attempt, index, ids: part } });
-        send({ case: "tokens", value: { ...attempt, epoch: job.epoch - 1, index, ids: [65] } });
+      const skip = behaviour.skipIndex;
+      if (skip !== undefined && earlier + index <= skip && skip < earlier + index + count) {
+        behaviour.skipIndex = undefined;
+      } else {
+        send({ case: "tokens", value: { ...attempt, index, ids: part, ...firstLogits } });
+        if (behaviour.repeats) {
+          send({ case: "tokens", value: { ...attempt, index, ids: part } });
+          send({ case: "tokens", value: { ...attempt, epoch: job.epoch - 1, index, ids: [65] } });
+        }
       }
       index += count;
       await delay(behaviour.delayMs);
