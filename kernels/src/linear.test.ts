@@ -118,13 +118,17 @@ describe.each(["software", "hardware"] as const)("linear, %s profile", (profile:
     },
   );
 
-  test("NaN and infinity stay in their row", async () => {
-    const columns = 96;
-    const parts = randomParts(random, "Q4_0", columns, [40]);
+  test.each([
+    { type: "Q4_0", columns: 96 },
+    // Columns that end inside a tile of the walk over K.
+    { type: "F32", columns: 36 },
+    { type: "F16", columns: 40 },
+  ] as const)("NaN and infinity stay in their row: $type, $columns columns", async ({ type, columns }) => {
+    const parts = randomParts(random, type, columns, [40]);
     for (const phase of PHASES) {
       const input = random.normals(9 * columns);
       const clean = await runLinear({ parts, columns, phase, accumulate: false }, input, 9);
-      input[4 * columns + 17] = Number.NaN;
+      input[4 * columns] = Number.NaN;
       input[7 * columns + 3] = Number.POSITIVE_INFINITY;
       const actual = await runLinear({ parts, columns, phase, accumulate: false }, input, 9);
       for (let row = 0; row < 9; row++) {
@@ -132,6 +136,17 @@ describe.each(["software", "hardware"] as const)("linear, %s profile", (profile:
         if (row === 4 || row === 7) expect(values.some(Number.isFinite)).toBe(false);
         else assertSameBits(`${phase} row ${row}`, values, clean.slice(row * 40, (row + 1) * 40));
       }
+    }
+  });
+
+  test("a NaN weight stays in its output", async () => {
+    const columns = 36;
+    const parts = randomParts(random, "F32", columns, [40]);
+    const data = parts[0]?.data as Uint8Array;
+    new DataView(data.buffer, data.byteOffset).setFloat32(17 * columns * 4, Number.NaN, true);
+    for (const phase of PHASES) {
+      const values = await runLinear({ parts, columns, phase, accumulate: false }, random.normals(3 * columns), 3);
+      for (const [index, value] of values.entries()) expect(Number.isNaN(value)).toBe(index % 40 === 17);
     }
   });
 

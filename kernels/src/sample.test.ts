@@ -67,6 +67,20 @@ describe("sample", () => {
     }
   });
 
+  test("greedy takes the lower of two neighbours, wherever they are", async () => {
+    const vocabulary = 2048;
+    const rows = 60;
+    const logits = random.normals(vocabulary * rows);
+    const firsts = Array.from({ length: rows }, () => random.integer(0, vocabulary - 2));
+    for (const [row, first] of firsts.entries())
+      logits.fill(20, row * vocabulary + first, row * vocabulary + first + 2);
+    const results = await run(
+      logits,
+      firsts.map(() => GREEDY),
+    );
+    expect(results.map(({ token }) => token)).toEqual(firsts);
+  });
+
   test("draws within the kept tokens, at the place that the random number says", async () => {
     let tested = 0;
     for (const vocabulary of [1, 7, 64, 65, 1000, random.integer(3, 9000)]) {
