@@ -12,17 +12,16 @@ import {
   type Usage,
 } from "@kivimesh/proto";
 import type { Logger } from "pino";
+import { AbandonedAttempts } from "./abandoned-attempts.ts";
 import type { GatewayLimits } from "./config.ts";
 import { Dispatcher } from "./dispatcher.ts";
-import { type QueueMonitor, withQueueTimeout } from "./queue-monitor.ts";
+import type { QueueMonitor } from "./queue-monitor.ts";
 import { type RequestOutcome, RunningRequest, type TokenRequest } from "./running-request.ts";
 import { clientUsage } from "./usage.ts";
 import type { WorkerRegistry } from "./worker-registry.ts";
 
 /** How often a request without a worker looks for one beside being told of each that joins. */
 const redispatchEveryMs = 500;
-/** Attempts that were told to end and may still send; more forgotten ones are only told again. */
-const maxAbandoned = 4096;
 const drainPollMs = 20;
 
 /** Failures of one worker that another may not have. */
@@ -60,12 +59,13 @@ export class Coordinator {
   private readonly dispatcher: Dispatcher;
   private readonly runs = new Map<string, RunningRequest>();
   private readonly timers = new Map<string, NodeJS.Timeout>();
-  private readonly abandoned = new Set<string>();
+  private readonly abandoned: AbandonedAttempts;
   private isDraining = false;
 
   constructor(options: CoordinatorOptions) {
     this.options = options;
     this.dispatcher = new Dispatcher({ ...options, running: () => this.runs.values() });
+    this.abandoned = new AbandonedAttempts({ ...options, queueTimeoutMs: options.limits.queueTimeoutMs });
   }
 
   get running(): number {
@@ -128,7 +128,7 @@ export class Coordinator {
       this.options.log.warn({ request: run.id, worker: run.workerId }, "a stopped attempt reported no usage");
       finish();
     });
-    void this.abandon(run.workerId, run.id, run.ledger.epoch).then((removed) => {
+    void this.abandoned.end(run.workerId, run.id, run.ledger.epoch).then((removed) => {
       if (removed) finish();
     });
   }
@@ -246,9 +246,7 @@ export class Coordinator {
     if (run !== undefined && run.ledger.epoch === message.epoch && run.workerId === workerId) {
       return run;
     }
-    if (!this.abandoned.has(attemptKey(workerId, message.requestId, message.epoch))) {
-      void this.abandon(workerId, message.requestId, message.epoch);
-    }
+    this.abandoned.heardFrom(workerId, message.requestId, message.epoch);
     return undefined;
   }
 
@@ -370,34 +368,7 @@ export class Coordinator {
 
   private endAttempt(run: RunningRequest): void {
     if (run.workerId !== "") {
-      void this.abandon(run.workerId, run.id, run.ledger.epoch);
+      void this.abandoned.end(run.workerId, run.id, run.ledger.epoch);
     }
   }
-
-  /** Ends an attempt wherever it is: waiting in the queue or running. Returns whether it still waited. */
-  private async abandon(workerId: string, requestId: string, epoch: number): Promise<boolean> {
-    const { jobQueues, registry, limits, log } = this.options;
-    const key = attemptKey(workerId, requestId, epoch);
-    const oldest = this.abandoned.values().next().value;
-    if (this.abandoned.size >= maxAbandoned && oldest !== undefined) {
-      this.abandoned.delete(oldest);
-    }
-    this.abandoned.add(key);
-    const removing = withQueueTimeout(jobQueues.remove(workerId, requestId, epoch), limits.queueTimeoutMs).catch(
-      (error: unknown) => {
-        log.debug({ request: requestId, reason: toClusterError(error).message }, "job not removed");
-        return false;
-      },
-    );
-    const [removed, delivered] = await Promise.all([removing, registry.abort(workerId, requestId, epoch)]);
-    if (!delivered) {
-      // If it still runs, its next message has it told again.
-      this.abandoned.delete(key);
-    }
-    return removed;
-  }
-}
-
-function attemptKey(workerId: string, requestId: string, epoch: number): string {
-  return `${workerId}/${requestId}.${epoch}`;
 }
