@@ -1,4 +1,7 @@
 /** Configuration of workers and engines. The environment is read here and nowhere else in this package. */
+import { mkdirSync } from "node:fs";
+import { tmpdir, userInfo } from "node:os";
+import { join } from "node:path";
 import { ClusterError, type TlsFiles } from "@kivimesh/proto";
 import { z } from "zod";
 
@@ -152,4 +155,12 @@ export function workerConfigFromEnvironment(environment: Record<string, string |
     logLevel: values.KIVIMESH_LOG_LEVEL,
   };
   return Object.fromEntries(Object.entries(config).filter(([, value]) => value !== undefined));
+}
+
+/** Names the private runtime folder that the Vulkan loader wants, where nobody did: containers often have none. */
+export function prepareDriverEnvironment(environment: NodeJS.ProcessEnv): void {
+  if (environment.XDG_RUNTIME_DIR) return;
+  const folder = join(tmpdir(), `kivimesh-runtime-${userInfo().uid}`);
+  mkdirSync(folder, { recursive: true, mode: 0o700 });
+  environment.XDG_RUNTIME_DIR = folder;
 }

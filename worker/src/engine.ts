@@ -11,7 +11,7 @@ import { PagePool, type PrefixIndexChange } from "./page-pool.ts";
 import { PrefixIntake } from "./prefix-intake.ts";
 import { checkRequest } from "./request-check.ts";
 import { planStep, type SchedulerLimits, sealedPages } from "./scheduler.ts";
-import { Sequence } from "./sequence.ts";
+import { Sequence, sequenceId } from "./sequence.ts";
 import { SequenceTable } from "./sequence-table.ts";
 import { WakeSignal } from "./wake-signal.ts";
 
@@ -111,10 +111,17 @@ export class Engine {
     this.#loop = this.#run();
   }
 
-  /** Takes a request; what becomes of it arrives as events, the last one "finished". A stale epoch gives no events. */
+  /**
+   * Takes a request; what becomes of it arrives as events, the last one "finished". A stale epoch ends as aborted at
+   * once; an attempt that is here already is not taken twice.
+   */
   submit(request: GenerationRequest): void {
     const admission = this.#attempts.submit(request.requestId, request.epoch);
-    if (admission === "stale") return;
+    if (admission === "stale") {
+      if (!this.#table.all.some((sequence) => sequence.id === sequenceId(request))) this.#refuse(request, "aborted");
+      this.#signal.wake();
+      return;
+    }
     this.#abortOlder(request.requestId, request.epoch - 1);
     const { modelDigest, numerics } = this.#options;
     try {
@@ -131,7 +138,7 @@ export class Engine {
       sequence.aborted = admission === "aborted";
       this.#table.add(sequence);
     } catch (error) {
-      this.#refuse(request, error);
+      this.#refuse(request, toClusterError(error));
     }
     this.#signal.wake();
   }
@@ -367,12 +374,13 @@ export class Engine {
     for (const sequence of sequences) this.#finish(sequence, outcome);
   }
 
-  #refuse({ requestId, epoch, promptTokens }: GenerationRequest, error: unknown): void {
-    const { code, message } = toClusterError(error);
+  /** Ends an attempt that never became a sequence. */
+  #refuse({ requestId, epoch, promptTokens }: GenerationRequest, outcome: "aborted" | ClusterError): void {
     const sources = { gpu: 0, peer: 0, cachestore: 0, computed: promptTokens };
     const counts = { completionTokens: 0, kvF16Bytes: 0, kvStoredBytes: 0, fetchedBytes: 0 };
-    const usage = { promptTokens, sources, ...counts };
-    this.#events.push({ type: "finished", requestId, epoch, outcome: "failed", usage, error: { code, message } });
+    const event = { type: "finished" as const, requestId, epoch, usage: { promptTokens, sources, ...counts } };
+    if (outcome === "aborted") this.#events.push({ ...event, outcome });
+    else this.#events.push({ ...event, outcome: "failed", error: { code: outcome.code, message: outcome.message } });
     if (this.#closed) this.#report();
   }
 
