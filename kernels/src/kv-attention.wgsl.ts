@@ -76,11 +76,6 @@ function shapesOf(template: AttentionTemplate, kind: Kind): Shapes {
   };
 }
 
-/** Value of `name` in lane `index`; without subgroups the vector was stored to `slot` of the exchange array. */
-function broadcast(s: Shapes, name: string, index: number, slot: string): string {
-  return s.template.lanePlan.subgroups ? `subgroupBroadcast(${name}, ${index}u)` : `exchange[${slot} + ${index}u]`;
-}
-
 function reductions({ template, lanes }: Shapes): string {
   if (template.lanePlan.subgroups) {
     return `
@@ -116,6 +111,7 @@ function placeFactor(bits: number, channel: string): string {
 function sealedLogits(s: Shapes): string {
   const { d, lanes, tokenVectors, queries, template } = s;
   const bits = template.format.keyBits;
+  const { subgroups } = template.lanePlan;
   const layout = kvPageLayout(template.format, template.shape);
   const perWord = codesPerWord(bits);
   const words = d / perWord;
@@ -134,30 +130,48 @@ function sealedLogits(s: Shapes): string {
       ? ""
       : `        let inWord = c & ${perWord - 1}u;
         let sz = unpack2x16float(pages[scales + c - inWord + (inWord & ${perWord / 2 - 1}u) * 2u + inWord / ${perWord / 2}u]);
-        let place = sz.x * ${placeFactor(bits, "c")};`;
-  const factor = (m: number) => (bits === 16 ? `qv${m}` : `qv${m} * place`);
+        let place = sz.x * ${subgroups ? placeFactor(bits, "c") : "1.0"};`;
   const code = (v: number, k: number) =>
     bits === 16
       ? `unpack2x16float(${wordOf(v, k >> 1)}).${k & 1 ? "y" : "x"}`
       : maskedCode(bits, wordOf(v, Math.floor(k / perWord)), k % perWord);
-  const vector = (u: number) => `      {
-        let c = chunk * ${chunk}u + ${u * lanes}u + lane;
+  const folded = (u: number) => `        let c = chunk * ${chunk}u + ${u * lanes}u + lane;
 ${meta}
-${each(queries, (m) => `        let qv${m} = qSealed[${m * d}u + c]; let f${m} = ${factor(m)}; ${bits === 16 ? "" : `z${m} = fma(qv${m}, sz.y, z${m});`}`)}
-${template.lanePlan.subgroups ? "" : `        workgroupBarrier();\n${each(queries, (m) => `        exchange[${m * lanes}u + lane] = f${m};`)}\n        workgroupBarrier();`}
+${each(queries, (m) => `        let qv${m} = qSealed[${m * d}u + c]; let f${m} = qv${m}${bits === 16 ? "" : " * place"}; ${bits === 16 ? "" : `z${m} = fma(qv${m}, sz.y, z${m});`}`)}`;
+  const multiply = (factor: (m: number) => string, value: (v: number) => string) =>
+    `${each(tokenVectors, (v) => `let x${v} = ${value(v)};`, " ")}
+${each(queries, (m) => `          let b${m} = ${factor(m)}; ${each(tokenVectors, (v) => `s${v}_${m} = fma(b${m}, x${v}, s${v}_${m});`, " ")}`)}`;
+  const vector = (u: number) => `      {
+${folded(u)}
 ${each(
   lanes,
-  (j) => `        { ${each(tokenVectors, (v) => `let x${v} = ${code(v, u * lanes + j)};`, " ")}
-${each(queries, (m) => `          let b${m} = ${broadcast(s, `f${m}`, j, `${m * lanes}u`)}; ${each(tokenVectors, (v) => `s${v}_${m} = fma(b${m}, x${v}, s${v}_${m});`, " ")}`)} }`,
+  (j) =>
+    `        { ${multiply(
+      (m) => `subgroupBroadcast(f${m}, ${j}u)`,
+      (v) => code(v, u * lanes + j),
+    )} }`,
 )}
+      }`;
+  // Without subgroup operations the factors of a chunk meet in workgroup memory, and codes are shifted down in a loop.
+  const shifted = (v: number) =>
+    bits === 16
+      ? `unpack2x16float(${wordOf(v, 0)} >> (16u * j)).x`
+      : `f32((${wordOf(v, 0)} >> (${bits}u * j)) & ${2 ** bits - 1}u)`;
+  const exchanged = `      workgroupBarrier();
+${each(vectors, (u) => `      {\n${folded(u)}\n${each(queries, (m) => `        exchange[${m * chunk + u * lanes}u + lane] = f${m};`)}\n      }`)}
+      workgroupBarrier();
+      for (var w = 0u; w < ${chunkWords}u * params.one; w++) {
+${each(tokenVectors, (v) => `        let ${wordOf(v, 0)} = pages[keyWord(codes, ${v * lanes}u + lane, chunk * ${chunkWords}u + w)];`)}
+        for (var j = 0u; j < ${perWord}u * params.one; j++) {
+          ${multiply((m) => `exchange[${m * chunk}u + w * ${perWord}u + j]`, shifted)}
+        }
       }`;
   return `    let codes = page + ${layout.keyCodes}u + group * ${words * 32}u;
     let scales = page + ${layout.keyMeta}u + group * ${d}u;
 ${each(tokenVectors, (v) => `    ${each(queries, (m) => `var s${v}_${m} = 0.0;`, " ")}`)}
     ${each(queries, (m) => `var z${m} = 0.0;`, " ")}
     for (var chunk = 0u; chunk < ${d / chunk}u * params.one; chunk++) {
-${loads}
-${each(vectors, vector)}
+${subgroups ? `${loads}\n${each(vectors, vector)}` : exchanged}
     }
 ${bits === 16 ? "" : each(queries, (m) => `    z${m} = laneSum(z${m}, lane);`)}
 ${each(tokenVectors, (v) => {
@@ -214,21 +228,56 @@ function sealedOutput(s: Shapes): string {
       ${each(queries, (m) => `weights[${(g * queries + m) * 32}u + t] = p${v}_${m} * sz.x; zero${m}_${g} = fma(p${v}_${m}, sz.y, zero${m}_${g});`, " ")} }`,
     ),
   );
-  const sub = template.lanePlan.subgroups;
+  const shift = `    let valueShift = ${layout.valueCodes}u + group * ${words * 32}u - (${layout.valueMeta}u + group * ${d}u);`;
+  const accumulate = (weight: (m: number, g: number) => string) =>
+    each(
+      queries,
+      (m) =>
+        `          { ${each(parts, (g) => `let pb${g} = ${weight(m, g)};`, " ")} ${each(channelVectors, (c) => `o${m}_${c} = fma(pb${Math.floor((c * lanes) / 32)}, v${c}, o${m}_${c});`, " ")} }`,
+    );
+  if (!template.lanePlan.subgroups) {
+    const code = (c: number) =>
+      `let v${c} = f32((pages[values + ((t >> 2u) * ${words}u + (${c * lanes}u + lane) / ${perWord}u) * 4u + (t & 3u)] >> (${bits}u * ((${c * lanes}u + lane) & ${perWord - 1}u))) & ${2 ** bits - 1}u);`;
+    return `${base}${shift}
+${fold}
+    workgroupBarrier();
+    for (var t = 0u; t < 32u * params.one; t++) {
+      ${each(channelVectors, code, "\n      ")}
+${accumulate((m, g) => `weights[${(g * queries + m) * 32}u + t]`)}
+    }
+    workgroupBarrier();`;
+  }
+  const token = (j: number) => `        { ${valueCodes(s, j)}
+${accumulate((m, g) => `subgroupBroadcast(pw${g}_${m}, ${j}u)`)} }`;
+  return `${base}${shift}
+    let placeMask = ${2 ** bits - 1}u << (${bits}u * (lane & ${half - 1}u));
+    let highShift = ((lane / ${half}u) & 1u) * 16u;
+${fold}
+    workgroupBarrier();
+    for (var vector = 0u; vector < ${tokenVectors}u * params.one; vector++) {
+      let base = values + vector * ${lanes * words}u;
+${each(words, (w) => `      let w${w} = pages[base + ${w * lanes}u + lane];`)}
+${each(parts, (g) => each(queries, (m) => `      let pw${g}_${m} = weights[${(g * queries + m) * 32}u + vector * ${lanes}u + lane];`))}
+${each(lanes, token)}
+    }
+    workgroupBarrier();`;
+}
+
+/** Codes of token `j` of a vector of tokens as v{channelVector}, in place (subgroups only): words are in w0, w1, ... */
+function valueCodes({ template, d, lanes, channelVectors }: Shapes, j: number): string {
+  const bits = template.format.valueBits;
+  const perWord = codesPerWord(bits);
+  const words = d / perWord;
+  const half = perWord / 2;
   // A vector of channels lies in one word if it is not longer than a word; else each lane picks its own.
   const oneWord = lanes <= perWord;
-  const word = (j: number, c: number) => {
-    const first = Math.floor((c * lanes) / perWord);
-    const index = ((j >> 2) * words + first) * 4 + (j & 3);
-    if (!sub) return `pages[base + ${index}u${oneWord ? "" : ` + lane / ${perWord}u * 4u`}]`;
-    if (oneWord) return `subgroupBroadcast(w${Math.floor(index / lanes)}, ${index % lanes}u)`;
-    const whole = Math.floor(index / lanes);
-    const lastIndex = index + (lanes / perWord - 1) * 4;
-    const low = `subgroupShuffle(w${whole}, (${index % lanes}u + lane / ${perWord}u * 4u) & ${lanes - 1}u)`;
-    if (Math.floor(lastIndex / lanes) === whole) return low;
-    throw new RangeError(`${lanes} lanes: words of a vector straddle two loads`);
+  const word = (c: number) => {
+    const index = ((j >> 2) * words + Math.floor((c * lanes) / perWord)) * 4 + (j & 3);
+    const loaded = Math.floor(index / lanes);
+    if (oneWord) return `subgroupBroadcast(w${loaded}, ${index % lanes}u)`;
+    return `subgroupShuffle(w${loaded}, (${index % lanes}u + lane / ${perWord}u * 4u) & ${lanes - 1}u)`;
   };
-  const shifted = (text: string, c: number) => {
+  const high = (text: string, c: number) => {
     if (lanes > half) return `(${text} >> highShift)`;
     return (c * lanes) % perWord >= half ? `(${text} >> 16u)` : text;
   };
@@ -236,32 +285,15 @@ function sealedOutput(s: Shapes): string {
     const place = lanes < half ? (c * lanes) % half : 0;
     return place === 0 ? "placeMask" : `(placeMask << ${bits * place}u)`;
   };
-  const sharedWord = (j: number) =>
-    each(
-      channelVectors,
-      (c) => {
-        const name = `x${j}_${oneWord ? Math.floor((c * lanes) / perWord) : c}`;
-        const first = !oneWord || (c * lanes) % perWord === 0;
-        return `${first ? `let ${name} = ${word(j, c)}; ` : ""}let v${c} = f32(i32(${shifted(name, c)} & ${mask(c)}));`;
-      },
-      "\n          ",
-    );
-  const weight = (j: number, m: number, g: number) =>
-    sub ? `subgroupBroadcast(pw${g}_${m}, ${j}u)` : `weights[${(g * queries + m) * 32}u + vector * ${lanes}u + ${j}u]`;
-  const token = (j: number) => `        { ${sharedWord(j)}
-${each(queries, (m) => `          { ${each(parts, (g) => `let pb${g} = ${weight(j, m, g)};`, " ")} ${each(channelVectors, (c) => `o${m}_${c} = fma(pb${Math.floor((c * lanes) / 32)}, v${c}, o${m}_${c});`, " ")} }`)} }`;
-  return `${base}    let valueShift = ${layout.valueCodes}u + group * ${words * 32}u - (${layout.valueMeta}u + group * ${d}u);
-    let placeMask = ${2 ** bits - 1}u << (${bits}u * (lane & ${half - 1}u));
-    let highShift = ((lane / ${half}u) & 1u) * 16u;
-${fold}
-    workgroupBarrier();
-    for (var vector = 0u; vector < ${tokenVectors}u * params.one; vector++) {
-      let base = values + vector * ${lanes * words}u;
-${sub ? each(words, (w) => `      let w${w} = pages[base + ${w * lanes}u + lane];`) : ""}
-${sub ? each(parts, (g) => each(queries, (m) => `      let pw${g}_${m} = weights[${(g * queries + m) * 32}u + vector * ${lanes}u + lane];`)) : ""}
-${each(lanes, token)}
-    }
-    workgroupBarrier();`;
+  return each(
+    channelVectors,
+    (c) => {
+      const name = `x${j}_${oneWord ? Math.floor((c * lanes) / perWord) : c}`;
+      const first = !oneWord || (c * lanes) % perWord === 0;
+      return `${first ? `let ${name} = ${word(c)}; ` : ""}let v${c} = f32(i32(${high(name, c)} & ${mask(c)}));`;
+    },
+    "\n          ",
+  );
 }
 
 /** Adds p * V of 32 f16 tokens; `word(token, channel)` is the text of the u32 that holds the channel. */
@@ -281,17 +313,26 @@ function halfLogits(s: Shapes): string {
   const { d, lanes, tokenVectors, queries, template } = s;
   const heads = template.queryHeads;
   const words = lanes / 2;
-  return `${each(tokenVectors, (v) => `    let t${v} = first + ${v * lanes}u + lane; let a${v} = halfRow(min(t${v}, last)); ${each(queries, (m) => `var s${v}_${m} = 0.0;`, " ")}`)}
-    for (var chunk = 0u; chunk < ${d / lanes}u * params.one; chunk++) {
+  const multiply = (factor: (m: number, at: 0 | 1) => string, word: (v: number) => string) =>
+    `{ ${each(tokenVectors, (v) => `let x${v} = unpack2x16float(${word(v)});`, " ")}
+${each(queries, (m) => `        { let b0 = ${factor(m, 0)}; let b1 = ${factor(m, 1)}; ${each(tokenVectors, (v) => `s${v}_${m} = fma(b1, x${v}.y, fma(b0, x${v}.x, s${v}_${m}));`, " ")} }`)} }`;
+  const loop = template.lanePlan.subgroups
+    ? `    for (var chunk = 0u; chunk < ${d / lanes}u * params.one; chunk++) {
 ${each(tokenVectors, (v) => each(words, (w) => `      let k${v}_${w} = kvRows[a${v} + chunk * ${words}u + ${w}u];`))}
 ${each(queries, (m) => `      let f${m} = qHalf[${m * d}u + chunk * ${lanes}u + lane];`)}
-${template.lanePlan.subgroups ? "" : `      workgroupBarrier();\n${each(queries, (m) => `      exchange[${m * lanes}u + lane] = f${m};`)}\n      workgroupBarrier();`}
-${each(
-  words,
-  (w) => `      { ${each(tokenVectors, (v) => `let x${v} = unpack2x16float(k${v}_${w});`, " ")}
-${each(queries, (m) => `        { let b0 = ${broadcast(s, `f${m}`, 2 * w, `${m * lanes}u`)}; let b1 = ${broadcast(s, `f${m}`, 2 * w + 1, `${m * lanes}u`)}; ${each(tokenVectors, (v) => `s${v}_${m} = fma(b1, x${v}.y, fma(b0, x${v}.x, s${v}_${m}));`, " ")} }`)} }`,
+${each(words, (w) =>
+  multiply(
+    (m, at) => `subgroupBroadcast(f${m}, ${2 * w + at}u)`,
+    (v) => `k${v}_${w}`,
+  ),
 )}
-    }
+    }`
+    : `    for (var w = 0u; w < ${d / 2}u * params.one; w++) ${multiply(
+        (m, at) => `qHalf[${m * d + at}u + 2u * w]`,
+        (v) => `kvRows[a${v} + w]`,
+      )}`;
+  return `${each(tokenVectors, (v) => `    let t${v} = first + ${v * lanes}u + lane; let a${v} = halfRow(min(t${v}, last)); ${each(queries, (m) => `var s${v}_${m} = 0.0;`, " ")}`)}
+${loop}
 ${each(tokenVectors, (v) => each(queries, (m) => `    let seen${v}_${m} = t${v} <= see${Math.floor(m / heads)}; s${v}_${m} = select(${SENTINEL}, s${v}_${m}, seen${v}_${m});`))}`;
 }
 
@@ -325,7 +366,7 @@ function finishSealed(s: Shapes): string {
   const bits = template.format.valueBits;
   if (bits === 16) return "";
   return `${each(queries, (m) => each(parts, (g) => `  zero${m}_${g} = laneSum(zero${m}_${g}, lane);`))}
-${each(queries, (m) => each(channelVectors, (c) => `  o${m}_${c} = fma(o${m}_${c}, ${placeFactor(bits, `(${c * lanes}u + lane)`)}, zero${m}_${Math.floor((c * lanes) / 32)});`))}`;
+${each(queries, (m) => each(channelVectors, (c) => `  o${m}_${c} = fma(o${m}_${c}, ${template.lanePlan.subgroups ? placeFactor(bits, `(${c * lanes}u + lane)`) : "1.0"}, zero${m}_${Math.floor((c * lanes) / 32)});`))}`;
 }
 
 /** Multiplies o by the Hadamard matrix through workgroup memory. */
@@ -391,7 +432,7 @@ var<immediate> params: Step;
 var<workgroup> qSealed: array<f32, ${queries * d}>;
 ${kind === "split" ? "" : `var<workgroup> qHalf: array<f32, ${queries * d}>;`}
 var<workgroup> weights: array<f32, ${weights * queries * 32}>;
-${template.lanePlan.subgroups ? "" : `var<workgroup> exchange: array<f32, ${queries * lanes}>;\nvar<workgroup> reduce: array<f32, ${lanes}>;`}
+${template.lanePlan.subgroups ? "" : `var<workgroup> exchange: array<f32, ${queries * 32}>;\nvar<workgroup> reduce: array<f32, ${lanes}>;`}
 ${reductions(s)}
 ${
   kind === "merge"
