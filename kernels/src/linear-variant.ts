@@ -13,7 +13,7 @@ export interface LinearVariant {
 }
 
 const COLUMN_TILES: readonly { readonly rowsUpTo: number; readonly tile: ColumnsTile }[] = [
-  { rowsUpTo: 1, tile: { lanes: 8, tileRows: 1, tileColumns: 8 } },
+  { rowsUpTo: 1, tile: { lanes: 8, tileRows: 1, tileColumns: 12 } },
   { rowsUpTo: Number.POSITIVE_INFINITY, tile: { lanes: 8, tileRows: 4, tileColumns: 8 } },
 ];
 
@@ -29,15 +29,20 @@ function columnsVariants(weight: LinearWeight, maxRows: number): LinearVariant[]
 }
 
 const DECODE_ROWS: readonly number[] = [1, 4];
-const DECODE_OUTPUTS = 4;
+
+/** Outputs of one decode workgroup: few, so that small layers fill the GPU, unless the grid would pass 65535. */
+function decodeOutputs(outputs: number): number {
+  return outputs <= 4 * 65535 ? 4 : 8;
+}
 
 function rowsDecodeVariants(gpu: Gpu, weight: LinearWeight, maxRows: number): LinearVariant[] {
   const { encoding } = weight;
+  const outputs = decodeOutputs(weight.rows);
   return DECODE_ROWS.slice(0, maxRows > 1 ? 2 : 1).map((rows) => ({
     label: `linear decode ${encoding.format} ${encoding.scales} ${encoding.group} x${rows}`,
-    code: linearRowsDecodeWgsl(encoding, { outputs: DECODE_OUTPUTS, rows }, gpu.features.subgroups),
+    code: linearRowsDecodeWgsl(encoding, { outputs, rows }, gpu.features.subgroups),
     rowsUpTo: rows,
-    grid: (count) => [Math.ceil(weight.rows / DECODE_OUTPUTS), Math.ceil(count / rows)],
+    grid: (count) => [Math.ceil(weight.rows / outputs), Math.ceil(count / rows)],
   }));
 }
 
