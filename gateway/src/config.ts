@@ -26,10 +26,9 @@ export interface GatewayLimits {
   abortWaitMs: number;
   /** Silence on an event stream after which its SSE client gets a comment. */
   ssePingMs: number;
-  /** Silence of a worker with running requests, or absence from the membership, after which it is probed. */
-  workerSilenceMs: number;
-  /** How long a probed worker may take to answer; two in a row unanswered: it is lost. */
-  probeTimeoutMs: number;
+  /** How often the connection to a worker is probed, and how long an answer may take: then the worker is lost. */
+  keepaliveMs: number;
+  keepaliveTimeoutMs: number;
 }
 
 export const defaultGatewayLimits: GatewayLimits = {
@@ -43,8 +42,8 @@ export const defaultGatewayLimits: GatewayLimits = {
   queueTimeoutMs: 3_000,
   abortWaitMs: 5_000,
   ssePingMs: 15_000,
-  workerSilenceMs: 5_000,
-  probeTimeoutMs: 2_000,
+  keepaliveMs: 1_000,
+  keepaliveTimeoutMs: 3_000,
 };
 
 /** How a gateway runs. Only `host` and the ports are commonly set; see `gatewayConfig` for the defaults. */

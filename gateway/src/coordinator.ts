@@ -152,11 +152,6 @@ export class Coordinator {
     return true;
   }
 
-  /** Whether attempts run at that worker. */
-  busy(workerId: string): boolean {
-    return [...this.runs.values()].some((run) => run.workerId === workerId);
-  }
-
   tokens(workerId: string, message: Tokens): void {
     const run = this.attemptOf(workerId, message);
     if (run === undefined) {

@@ -84,7 +84,6 @@ function composeGateway(config: ResolvedGatewayConfig, seams: GatewaySeams, log:
       tokens: (workerId, message) => coordinator.tokens(workerId, message),
       finished: (workerId, message) => coordinator.finished(workerId, message),
       lost: (workerId, reason) => coordinator.lost(workerId, reason),
-      busy: (workerId) => coordinator.busy(workerId),
     },
   });
   const liveIds = () => registry.live().map((worker) => worker.id);

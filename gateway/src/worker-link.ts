@@ -21,9 +21,6 @@ import type { ServedModel } from "./served-model.ts";
 const firstReconnectMs = 100;
 const lastReconnectMs = 2_000;
 const callDeadlineMs = 10_000;
-const probeEveryMs = 1_000;
-/** Unanswered probes in a row after which a worker is lost. */
-const maxFailedProbes = 2;
 /** Blocks of one worker's pool that the gateway remembers; more would only be missing from routing estimates. */
 const maxHeldBlocks = 1_000_000;
 
@@ -37,8 +34,6 @@ export interface WorkerEvents {
   finished(workerId: string, finished: Finished): void;
   /** Its stream broke: what it sent in the meantime is lost, so its attempts are too. */
   lost(workerId: string, reason: string): void;
-  /** Whether attempts of this gateway run there. */
-  busy(workerId: string): boolean;
 }
 
 export interface WorkerLinkOptions {
@@ -74,8 +69,6 @@ export class WorkerLink {
   private readonly options: WorkerLinkOptions;
   private readonly client: RpcClient<typeof Worker>;
   private readonly closing = new AbortController();
-  private lastEventMs = Date.now();
-  private failedProbes = 0;
   private lastProblem = "";
   private attempt: AbortController | undefined;
 
@@ -83,9 +76,12 @@ export class WorkerLink {
     this.id = member.id;
     this.address = member.address;
     this.options = options;
-    this.client = createClient(Worker, member.address, options.tls === undefined ? {} : { tls: options.tls });
+    const { keepaliveMs: timeMs, keepaliveTimeoutMs: timeoutMs } = options.limits;
+    this.client = createClient(Worker, member.address, {
+      keepalive: { timeMs, timeoutMs },
+      ...(options.tls === undefined ? {} : { tls: options.tls }),
+    });
     void this.follow();
-    void this.probe();
   }
 
   /** Stops an attempt there. Returns whether the worker heard it: what it sends otherwise is fenced off by the epoch. */
@@ -149,7 +145,6 @@ export class WorkerLink {
   }
 
   private receive(message: SubscribeResponse, linked: LinkedModel): void {
-    this.lastEventMs = Date.now();
     const { event } = message;
     if (this.linked === undefined) {
       // The first event proves that the worker has registered this gateway.
@@ -195,32 +190,9 @@ export class WorkerLink {
     this.attempt?.abort();
     this.held.clear();
     this.load = undefined;
-    this.failedProbes = 0;
     if (this.linked !== undefined) {
       this.linked = undefined;
       this.options.events.lost(this.id, reason);
-    }
-  }
-
-  /** A stopped process or a cut cable keeps its connection open: ask, where silence is suspicious. */
-  private async probe(): Promise<void> {
-    const { limits, events, log } = this.options;
-    while (!this.closing.signal.aborted) {
-      await delay(probeEveryMs, undefined, { signal: this.closing.signal }).catch(() => undefined);
-      const silent = Date.now() - this.lastEventMs >= limits.workerSilenceMs && events.busy(this.id);
-      if (this.linked === undefined || (this.announced && !silent)) {
-        continue;
-      }
-      try {
-        await this.client.getStats({}, { deadline: limits.probeTimeoutMs, signal: this.closing.signal });
-        this.failedProbes = 0;
-      } catch (error) {
-        this.failedProbes += 1;
-        log.warn({ worker: this.id, reason: toClusterError(error).message }, "worker does not answer a probe");
-        if (this.failedProbes >= maxFailedProbes) {
-          this.disconnect("it does not answer");
-        }
-      }
     }
   }
 }

@@ -46,7 +46,6 @@ export class WorkerRegistry {
           this.drop(workerId);
           events.lost(workerId, reason);
         },
-        busy: (workerId) => events.busy(workerId),
       },
     };
   }

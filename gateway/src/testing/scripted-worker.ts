@@ -66,8 +66,6 @@ export interface Behaviour {
   repeats: boolean;
   /** Leaves out the message that contains this completion index, once. */
   skipIndex: number | undefined;
-  /** Does not answer GetStats: as if stopped. */
-  hung: boolean;
 }
 
 export interface ScriptedWorkerOptions {
@@ -106,7 +104,7 @@ export class ScriptedWorker {
     this.tokenizer = new ModelTokenizer(this.source);
     this.behaviour = {
       ...{ answer: "Hello 😀 world", delayMs: 1, tokensPerMessage: 2, pauseAt: Number.POSITIVE_INFINITY },
-      ...{ failure: undefined, repeats: false, skipIndex: undefined, hung: false },
+      ...{ failure: undefined, repeats: false, skipIndex: undefined },
       ...options.behaviour,
     };
   }
@@ -132,8 +130,9 @@ export class ScriptedWorker {
     await this.announcement?.withdraw();
   }
 
-  async announce(): Promise<void> {
-    this.announcement = await this.options.membership.announce({ id: this.id, role: "worker", address: this.address });
+  /** Joins the membership; at `address`, where it is reached through something else. */
+  async announce(address = this.address): Promise<void> {
+    this.announcement = await this.options.membership.announce({ id: this.id, role: "worker", address });
   }
 
   /** Ends as a killed process would: connections break, nothing is said. */
@@ -199,8 +198,7 @@ export class ScriptedWorker {
               ...{ blockTokens, residualTokens: blockTokens, blockBytes: 1000n, device: "script", workerId: worker.id },
             };
           },
-          async getStats(_request, context) {
-            if (worker.behaviour.hung) await delay(60_000, undefined, { signal: context.signal });
+          async getStats() {
             return {};
           },
           async *readBlock() {
