@@ -5,6 +5,7 @@ import { ClusterError } from "@kivimesh/proto";
 import type { ModelConfig } from "../model/model-config.ts";
 import type { Activations } from "./activations.ts";
 import type { BlockTransfer } from "./block-transfer.ts";
+import { gentleWait } from "./gentle-wait.ts";
 import type { KvCache } from "./kv-cache.ts";
 import type { LayerStack } from "./layer-stack.ts";
 import type { MemoryAccount } from "./memory-account.ts";
@@ -145,7 +146,8 @@ export class GpuModelRunner implements ModelRunner {
     readback.encodeStatus(encoder, cache.kernels.status);
     gpu.device.queue.submit([encoder.finish()]);
     const encoded = performance.now();
-    const { sampled, status, logits } = await readback.read(sampling.slots.length, sampling.logits);
+    const results = readback.read(sampling.slots.length, sampling.logits);
+    const { sampled, status, logits } = await gentleWait(results, gpu.profile === "software");
     if (this.#gpuError !== undefined) throw new ClusterError("INTERNAL", `GPU error: ${this.#gpuError}`);
     const scores: { slot: number; logprobs: Float32Array }[] = [];
     let row = 0;

@@ -1,5 +1,6 @@
 /** Log-probabilities of given tokens at every prefill row, for perplexity: slabs of rows through the head. */
 import type { Gpu } from "@kivimesh/kernels";
+import { gentleWait } from "./gentle-wait.ts";
 import type { MemoryAccount } from "./memory-account.ts";
 import type { OutputHead } from "./output-head.ts";
 
@@ -43,7 +44,7 @@ export class PromptScorer {
       const encoder = this.#gpu.device.createCommandEncoder();
       this.#head.encodeLogits(encoder, firstRow + first, count, staging);
       this.#gpu.device.queue.submit([encoder.finish()]);
-      await staging.mapAsync(GPUMapMode.READ, 0, count * vocabulary * 4);
+      await gentleWait(staging.mapAsync(GPUMapMode.READ, 0, count * vocabulary * 4), this.#gpu.profile === "software");
       const logits = new Float32Array(staging.getMappedRange(0, count * vocabulary * 4));
       for (let i = 0; i < count; i++) {
         const row = logits.subarray(i * vocabulary, (i + 1) * vocabulary);
