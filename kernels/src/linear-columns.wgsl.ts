@@ -4,7 +4,7 @@
  * A thread owns `tileRows` rows × `tileColumns` outputs and walks K in order; lanes own neighbouring outputs. There is no
  * workgroup memory and no barrier: inputs are the same for all lanes of a workgroup, so the driver loads them once, and
  * each decoded weight is used for every row of the tile. Gathering a word costs this driver more than decoding it. Every output sees the same operations in the same order whatever
- * the tile, so the tile may follow the number of rows.
+ * the tile, so the tile may follow the number of rows; `fma` is written out, since drivers contract as they like.
  */
 import { LINEAR_PARAMETERS, LINEAR_STORE } from "./linear-parameters.wgsl.ts";
 import { codeWordsPerGroup, scaleWordsPerGroup, type WeightEncoding } from "./weight-encoding.ts";
@@ -49,10 +49,11 @@ function loadWeights(encoding: WeightEncoding, j: number): string {
       let w${j}_0 = bitcast<vec4f>(vec4u(c${j}.x << 16u, c${j}.x & 0xffff0000u, c${j}.y << 16u, c${j}.y & 0xffff0000u));`;
     default: {
       const codes = unpack(encoding, `c${j}`);
-      const affine = encoding.scales === "scale32" ? `* s${j}` : `* s${j} + z${j}`;
+      const scaled = (code: string) =>
+        encoding.scales === "scale32" ? `${code} * s${j}` : `fma(${code}, vec4f(s${j}), vec4f(z${j}))`;
       return [
         `let c${j} = ${at(`g * ${codeWordsPerGroup(encoding)}u + i`)};`,
-        ...codes.map((code, v) => `let w${j}_${v} = ${code} ${affine};`),
+        ...codes.map((code, v) => `let w${j}_${v} = ${scaled(code)};`),
       ].join("\n      ");
     }
   }
@@ -87,7 +88,7 @@ export function columnsSteps(encoding: WeightEncoding): number {
 function multiplyStep(encoding: WeightEncoding, tile: ColumnsTile): string[] {
   const vectors = range(encoding.format === "q4" ? 2 : 1);
   const addProduct = (m: number, j: number, v: number) => (total: string, c: string) =>
-    `(${total} + w${j}_${v}.${c} * x${m}_${v}.${c})`;
+    `fma(w${j}_${v}.${c}, x${m}_${v}.${c}, ${total})`;
   const sum = (m: number, j: number) =>
     vectors.reduce((total, v) => ["x", "y", "z", "w"].reduce(addProduct(m, j, v), total), `a${m}_${j}`);
   return range(tile.tileRows).flatMap((m) => [

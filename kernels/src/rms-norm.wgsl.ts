@@ -19,7 +19,7 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) la
   var squares = vec4f();
   for (var at = lane; at < ${vectors}u; at += ${RMS_NORM_THREADS}u) {
     let value = input[source + at];
-    squares += value * value;
+    squares = fma(value, value, squares);
   }
   partials[lane] = (squares.x + squares.y) + (squares.z + squares.w);
   workgroupBarrier();
