@@ -35,6 +35,7 @@ export {
   type StepPlan,
   type StepResult,
   type TokenizerDefinition,
+  textPerplexity,
 } from "./model/index.ts";
 export { type OpenEngine, openEngine, type SimpleGeneration } from "./open-engine.ts";
 export { startWorker, type WorkerSeams, type WorkerService } from "./worker.ts";
