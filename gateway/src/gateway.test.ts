@@ -112,6 +112,25 @@ describe("a worker that fails", () => {
     expect(refused.headers.get("retry-after")).toBe("1");
   });
 
+  it("again and again: of many streams each gets its whole text once", async () => {
+    const { cluster, gateway } = await start(["w0", "w1", "w2"], { limits: { maxAttempts: 20 } });
+    for (const worker of cluster.workers) Object.assign(worker.behaviour, { repeats: true, delayMs: 15 });
+    const streams = Array.from({ length: 24 }, () => stream(gateway));
+    for (let round = 0; round < 3; round++) {
+      await delay(150);
+      const [oldest] = cluster.workers.splice(0, 1);
+      await oldest?.crash();
+      await oldest?.withdraw();
+      const behaviour = { answer, repeats: true, delayMs: 15, skipIndex: 40 + round };
+      await cluster.worker(`w${3 + round}`, { behaviour });
+    }
+    await Promise.all(streams.map((one) => one.done));
+    expect(new Set(streams.map((one) => one.state.text))).toEqual(new Set([answer]));
+    expect(new Set(streams.map((one) => one.state.usage?.completion_tokens)).size).toBe(1);
+    expect(await metric(gateway, 'kivimesh_gateway_requeues_total{reason="worker_lost"}')).toBeGreaterThan(3);
+    await cluster.quiet();
+  });
+
   it("comes back under the same id at another address", async () => {
     const { cluster, workers, gateway } = await start(["a"]);
     await workers[0]!.close();
@@ -215,6 +234,23 @@ describe("limits", () => {
     await expect(startGateway(open, seams)).rejects.toThrow(/TLS/);
     await expect(startGateway({ httpPort: 70_000 }, seams)).rejects.toThrow(/httpPort/);
     await expect(startGateway({ limits: { maxRequests: 0 } }, seams)).rejects.toThrow(/maxRequests/);
+  });
+});
+
+it("names the port that is taken", async () => {
+  const { cluster, gateway } = await start([]);
+  const seams = { jobQueues: cluster.jobQueues, membership: cluster.membership };
+  const [httpPort, grpcPort] = [new URL(gateway.httpUrl).port, gateway.grpcAddress.split(":")[1]].map(Number);
+  const quiet = { logLevel: "silent" } as const;
+  await expect(startGateway({ ...quiet, httpPort: httpPort ?? 0 }, seams)).rejects.toMatchObject({
+    code: "INVALID_ARGUMENT",
+    parameter: "httpPort",
+    message: expect.stringMatching(/taken/),
+  });
+  await expect(startGateway({ ...quiet, grpcPort: grpcPort ?? 0 }, seams)).rejects.toMatchObject({
+    code: "INVALID_ARGUMENT",
+    parameter: "grpcPort",
+    message: expect.stringMatching(/taken/),
   });
 });
 

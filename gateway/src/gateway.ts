@@ -1,6 +1,7 @@
 import { randomUUID } from "node:crypto";
 import {
   assertSecureListener,
+  ClusterError,
   createLogger,
   hostAndPort,
   type JobQueues,
@@ -117,7 +118,7 @@ async function listen(config: ResolvedGatewayConfig, parts: GatewayParts, log: L
     () => registry.servedModels(),
     (requestId) => coordinator.cancelById(requestId),
   );
-  const grpc = await serveGrpc({
+  const listening = serveGrpc({
     host: config.host,
     port: config.grpcPort,
     services: [service],
@@ -125,11 +126,12 @@ async function listen(config: ResolvedGatewayConfig, parts: GatewayParts, log: L
     onInternalError: (error, method) => log.error({ err: error, method }, "internal error"),
     ...(config.tls === undefined ? {} : { tls: config.tls }),
   });
+  const grpc = await listening.catch((error: unknown) => cannotListen("gRPC", config.host, config.grpcPort, error));
   try {
     await http.fastify.listen({ host: config.host, port: config.httpPort });
   } catch (error) {
     await grpc.shutdown(0);
-    throw error;
+    cannotListen("HTTP", config.host, config.httpPort, error);
   }
   registry.start();
   await monitor.start();
@@ -156,6 +158,15 @@ async function listen(config: ResolvedGatewayConfig, parts: GatewayParts, log: L
     drain: (graceMs) => (closing ??= drain(graceMs)),
     close: () => (closing ??= drain(0)),
   };
+}
+
+function cannotListen(what: string, host: string, port: number, error: unknown): never {
+  const reason = error instanceof Error ? error.message : String(error);
+  const why = /EADDRINUSE|address already in use/i.test(reason) ? "the port is taken; choose another" : reason;
+  throw new ClusterError("INVALID_ARGUMENT", `cannot listen for ${what} on ${hostAndPort(host, port)}: ${why}`, {
+    parameter: `${what.toLowerCase()}Port`,
+    cause: error,
+  });
 }
 
 /** Why a request would not be served now. */
