@@ -1,6 +1,6 @@
 /** One step on the GPU: decode phase, prefill phase, one submit, one readback. */
-import type { Gpu, KvLayer } from "@kivimesh/kernels";
-import { SAMPLE_RESULT_BYTES } from "@kivimesh/kernels";
+import { setTimeout as sleep } from "node:timers/promises";
+import { type Gpu, type KvLayer, SAMPLE_RESULT_BYTES } from "@kivimesh/kernels";
 import { ClusterError } from "@kivimesh/proto";
 import type { ModelConfig } from "../model/model-config.ts";
 import type { Activations } from "./activations.ts";
@@ -55,6 +55,13 @@ function note(sampling: Sampling, slot: number, returnLogits: boolean | undefine
   sampling.logitsRows.push(returnLogits === true ? sampling.logits++ : undefined);
 }
 
+/** How long a failed step waits for the news that the device is lost. */
+const LOST_GRACE_MILLISECONDS = 100;
+
+function deviceLost(reason: string, cause?: unknown): ClusterError {
+  return new ClusterError("DEVICE_LOST", `GPU lost: ${reason}`, { cause });
+}
+
 export class GpuModelRunner implements ModelRunner {
   readonly #parts: RunnerParts;
   #busy = false;
@@ -66,10 +73,12 @@ export class GpuModelRunner implements ModelRunner {
     void parts.gpu.lost.then((reason) => {
       this.#lost = reason;
     });
-    parts.gpu.device.addEventListener("uncapturederror", (event) => {
-      this.#gpuError ??= (event as GPUUncapturedErrorEvent).error.message;
-    });
+    parts.gpu.device.addEventListener("uncapturederror", this.#noteGpuError);
   }
+
+  readonly #noteGpuError = (event: Event): void => {
+    this.#gpuError ??= (event as GPUUncapturedErrorEvent).error.message;
+  };
 
   get config(): ModelConfig {
     return this.#parts.config;
@@ -99,11 +108,12 @@ export class GpuModelRunner implements ModelRunner {
   async step(plan: StepPlan): Promise<StepResult> {
     if (this.#busy) throw new ClusterError("INTERNAL", "a step was started before the previous one ended");
     checkStep(plan, this.limits, this.kv);
+    if (this.#lost !== undefined) throw deviceLost(this.#lost);
     this.#busy = true;
     try {
       return await this.#run(plan);
     } catch (error) {
-      throw this.#explain(error);
+      throw await this.#explain(error);
     } finally {
       this.#busy = false;
     }
@@ -113,7 +123,7 @@ export class GpuModelRunner implements ModelRunner {
     try {
       return await this.#parts.blocks.read(page);
     } catch (error) {
-      throw this.#explain(error);
+      throw await this.#explain(error);
     }
   }
 
@@ -123,15 +133,17 @@ export class GpuModelRunner implements ModelRunner {
 
   async close(): Promise<void> {
     const { gpu, memory, ownsGpu } = this.#parts;
-    await gpu.device.queue.onSubmittedWorkDone();
+    if (this.#lost === undefined) await gpu.device.queue.onSubmittedWorkDone();
+    gpu.device.removeEventListener("uncapturederror", this.#noteGpuError);
     memory.destroy();
     if (ownsGpu) await gpu.close();
   }
 
-  #explain(error: unknown): unknown {
+  /** A lost device first shows as some other failure; the reason follows soon after. */
+  async #explain(error: unknown): Promise<unknown> {
     if (error instanceof ClusterError) return error;
-    if (this.#lost !== undefined) return new ClusterError("DEVICE_LOST", `GPU lost: ${this.#lost}`, { cause: error });
-    return error;
+    const reason = await Promise.race([this.#parts.gpu.lost, sleep(LOST_GRACE_MILLISECONDS, undefined)]);
+    return reason === undefined ? error : deviceLost(reason, error);
   }
 
   async #run({ prefill, decode }: StepPlan): Promise<StepResult> {

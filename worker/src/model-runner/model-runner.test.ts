@@ -189,3 +189,15 @@ test("only the sequence that met a NaN is reported", async () => {
   expect(third.nonFiniteSlots).toEqual([1]);
   await spoiled.close();
 });
+
+test("a lost device is named, at once and from then on", async () => {
+  const own = await openGpu();
+  const lost = await openModelRunner({ model: dummyModel("tiny-llama"), gpu: own, ...KV });
+  const plan = { prefill: [chunkOf(promptTokens(100, VOCABULARY, 1), 0, 100, 0, pages(0, 3))], decode: [] };
+  const running = lost.step(plan);
+  own.device.destroy();
+  await expect(running).rejects.toMatchObject({ code: "DEVICE_LOST" });
+  await expect(lost.lost).resolves.toMatch(/destroyed/);
+  await expect(lost.step(plan)).rejects.toMatchObject({ code: "DEVICE_LOST" });
+  await lost.close();
+});

@@ -1,6 +1,6 @@
 import { readFileSync } from "node:fs";
 import { fileURLToPath } from "node:url";
-import { type Gpu, openGpu } from "@kivimesh/kernels";
+import { type DeviceProfile, type Gpu, openGpu } from "@kivimesh/kernels";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { loadModel } from "../model/load-model.ts";
 import type { ModelRunner } from "./model-runner.ts";
@@ -14,23 +14,29 @@ interface Golden {
 // K and V are rounded to f16 here and not in the reference; logits of these models span about ±15.
 const LOGIT_TOLERANCE = 0.03;
 
-let gpu: Gpu;
-beforeAll(async () => {
-  gpu = await openGpu();
-});
-afterAll(() => gpu.close());
+// Both sets of kernels run on every driver; which one is used by default is a matter of speed.
+const CASES: readonly (readonly [string, DeviceProfile])[] = [
+  ["tiny-llama-gqa", "software"],
+  ["tiny-llama-mha", "software"],
+  ["tiny-llama-gqa", "hardware"],
+];
 
-describe.each(["tiny-llama-gqa", "tiny-llama-mha"])("%s against transformers", (name) => {
+describe.each(CASES)("%s with %s kernels against transformers", (name, profile) => {
   const folder = new URL(`../../../integration-tests/golden/${name}`, import.meta.url);
   const golden: Golden = JSON.parse(readFileSync(`${fileURLToPath(folder)}.json`, "utf8"));
+  let gpu: Gpu;
   let runner: ModelRunner;
 
   beforeAll(async () => {
+    gpu = await openGpu({ profile, unchecked: false });
     const model = await loadModel({ path: fileURLToPath(folder) });
     runner = await openModelRunner({ model, gpu, kvFormat: "f16", blockTokens: 32, residualTokens: 32 });
     model.close();
   });
-  afterAll(() => runner.close());
+  afterAll(async () => {
+    await runner.close();
+    await gpu.close();
+  });
 
   test.each(golden.prompts.map(({ ids }, index) => [ids.length, index]))(
     "a prompt of %i tokens: all logits, and 32 greedy tokens",
