@@ -3,14 +3,24 @@ import { readFile } from "node:fs/promises";
 import { Tokenizer } from "@huggingface/tokenizers";
 import { KV_FORMAT_NAMES } from "@kivimesh/kernels";
 import { ClusterError } from "@kivimesh/proto";
-import { type LoadedModel, loadModel, openModelRunner } from "@kivimesh/worker";
+import { type LoadedModel, loadModel, openModelRunner, textPerplexity } from "@kivimesh/worker";
 import type { Command } from "commander";
 import { addModelOptions, type ModelOptions, modelConfig } from "../common-options.ts";
 import { integer, list, option } from "../option-values.ts";
 import { formatTable } from "../output.ts";
-import { type PerplexityResult, perplexity } from "../perplexity.ts";
+import { countProgress } from "../progress-bar.ts";
 import { UsageError } from "../usage-error.ts";
 import type { CommandContext } from "./command-context.ts";
+
+/** What one KV format gives. */
+interface FormatResult {
+  readonly kvFormat: string;
+  readonly perplexity: number;
+  /** Tokens that were predicted: each window's after its first. */
+  readonly tokens: number;
+  /** Of a sealed block: scales, zero points and norms included. */
+  readonly bitsPerElement: number;
+}
 
 interface EvalOptions extends ModelOptions {
   readonly text: string;
@@ -56,6 +66,24 @@ function tokenize(model: LoadedModel, text: string): Uint32Array {
   return Uint32Array.from(tokenizer.encode(text, { add_special_tokens: false }).ids);
 }
 
+async function evaluateFormat(
+  model: LoadedModel,
+  kvFormat: string,
+  tokens: Uint32Array,
+  contextTokens: number,
+): Promise<FormatResult> {
+  const runner = await openModelRunner({ model, kvFormat, maxSequences: 1, maxContextTokens: contextTokens });
+  const total = Math.floor(tokens.length / contextTokens) * contextTokens;
+  const bar = countProgress(`${kvFormat}: tokens`, total);
+  try {
+    const result = await textPerplexity(runner, tokens, { contextTokens, onProgress: (done) => bar.update(done) });
+    return { kvFormat, perplexity: result.perplexity, tokens: result.tokens, bitsPerElement: runner.kv.bitsPerElement };
+  } finally {
+    bar.stop();
+    await runner.close();
+  }
+}
+
 async function evalPerplexity(options: EvalOptions, { output }: CommandContext): Promise<void> {
   const unknown = options.kvFormat.find((name) => !KV_FORMAT_NAMES.includes(name));
   if (unknown !== undefined) throw new UsageError(`unknown KV format ${unknown}; known: ${KV_FORMAT_NAMES.join(", ")}`);
@@ -66,17 +94,11 @@ async function evalPerplexity(options: EvalOptions, { output }: CommandContext):
       ? { dummy: dummyArchitecture ?? "" }
       : { path: modelPath, ...(modelName === undefined ? {} : { name: modelName }) };
   const model = await loadModel(source);
-  const results: PerplexityResult[] = [];
+  const results: FormatResult[] = [];
   try {
     const tokens = tokenize(model, text);
     for (const kvFormat of options.kvFormat) {
-      const runner = await openModelRunner({ model, kvFormat, maxSequences: 1, maxContextTokens: options.context });
-      try {
-        const onWindow = (done: number, total: number) => output.notice(`${kvFormat}: window ${done} of ${total}`);
-        results.push(await perplexity(runner, tokens, options.context, onWindow));
-      } finally {
-        await runner.close();
-      }
+      results.push(await evaluateFormat(model, kvFormat, tokens, options.context));
     }
   } finally {
     model.close();
