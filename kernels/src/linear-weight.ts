@@ -84,12 +84,11 @@ function validatePart(label: string, part: LinearWeightPart, columns: number): v
   }
 }
 
-function createChecked(gpu: Gpu, label: string, words: number): GPUBuffer {
+function checkSize(gpu: Gpu, label: string, words: number): void {
   const limit = Math.min(gpu.device.limits.maxStorageBufferBindingSize, gpu.device.limits.maxBufferSize);
   if (words * 4 > limit) {
     throw new LinearWeightSizeError(`${label}: ${words * 4} bytes, this device binds at most ${limit}`);
   }
-  return createStorage(gpu, label, words * 4);
 }
 
 /** Writes the part's words at its place among `rows` outputs, of which it starts at `firstRow`. */
@@ -137,8 +136,10 @@ export function createLinearWeight(gpu: Gpu, descriptor: LinearWeightDescriptor)
   const rows = widths.reduce((sum, width) => sum + width, 0);
   const rowCodes = codeWords(encoding, columns);
   const rowScales = scaleWords(encoding, columns);
-  const codes = createChecked(gpu, `${label} codes`, rows * rowCodes);
-  const scales = createChecked(gpu, `${label} scales`, Math.max(1, rows * rowScales));
+  checkSize(gpu, `${label} codes`, rows * rowCodes);
+  checkSize(gpu, `${label} scales`, rows * rowScales);
+  const codes = createStorage(gpu, `${label} codes`, rows * rowCodes * 4);
+  const scales = createStorage(gpu, `${label} scales`, Math.max(1, rows * rowScales) * 4);
   const repacked: RepackedRows[] = parts.map((part) =>
     repackRows(part.type, part.data, part.rows, columns, encoding, layout),
   );

@@ -10,6 +10,8 @@ import { randomGgml } from "./testing/ggml-blocks.ts";
 import { assertNoPoison, createPoisoned } from "./testing/poison.ts";
 import { type Random, seededRandom } from "./testing/random.ts";
 
+/** Of a device that binds almost nothing. */
+const LIMITS = { maxStorageBufferBindingSize: 16, maxBufferSize: 1024 };
 const PHASES = ["prefill", "decode"] as const;
 
 function randomParts(random: Random, type: GgmlType, columns: number, widths: readonly number[]): LinearWeightPart[] {
@@ -212,6 +214,15 @@ describe.each(["software", "hardware"] as const)("linear, %s profile", (profile:
       { type: "Q8_0", rows: 2, data: randomGgml(random, "Q8_0", 64) },
     ];
     expect(make(mixed, 32)).toThrow(LinearWeightMixError);
+    const small = {
+      ...gpu,
+      device: new Proxy(gpu.device, {
+        get: (target, name) => (name === "limits" ? { ...LIMITS } : target[name as never]),
+      }),
+    };
+    const tooLarge = () =>
+      createLinearWeight(small, { label: "w", parts: [{ type: "Q4_0", rows: 2, data }], columns: 32 });
+    expect(tooLarge).toThrow(/w codes: 32 bytes, this device binds at most 16/);
     const weight = make([{ type: "Q4_0", rows: 2, data }], 32)();
     const linear = await createLinear(gpu, { weight, phase: "decode", maxRows: 2, accumulate: false });
     const buffer = createStorage(gpu, "b", 1024);

@@ -281,7 +281,7 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) la
     }
     weighting.scale = 2147483648.0 / sumExp(row, lane, kept, weighting);
     if (request.topP < 1.0) {
-      // Weights over all tokens sum to 2³¹ less what rounding down took; the tokens cut by top-k are missing from it.
+      // What is kept so far weighs 2³¹ less what rounding down took.
       let wanted = max(1u, u32(ceil(max(request.topP, 0.0) * keptMass(row, lane, kept, weighting))));
       let result = narrow(row, lane, kept, weighting, wanted);
       let weight = max(1u, weightOf(max(result.x, 1u), weighting));
