@@ -6,7 +6,13 @@
 import { createStorage } from "./buffers.ts";
 import type { Gpu } from "./device.ts";
 import { cachedKernel } from "./kernel-cache.ts";
-import { SAMPLE_PARTIAL_BYTES, SAMPLE_SLICES, samplePickWgsl, sampleScanWgsl } from "./sample.wgsl.ts";
+import {
+  SAMPLE_IMMEDIATE_BYTES,
+  SAMPLE_PARTIAL_BYTES,
+  SAMPLE_SLICES,
+  samplePickWgsl,
+  sampleScanWgsl,
+} from "./sample.wgsl.ts";
 
 /** Bytes of one row's parameters; see `writeSampleParameters`. */
 export const SAMPLE_PARAMETER_BYTES = 32;
@@ -92,16 +98,16 @@ export async function createSampler(gpu: Gpu, { vocabulary, maxRows }: SamplerDe
       label: "sample scan",
       code: sampleScanWgsl(),
       bindings: ["read", "read_write"],
-      immediateBytes: 4,
+      immediateBytes: SAMPLE_IMMEDIATE_BYTES,
     }),
     cachedKernel(gpu, {
       label: "sample pick",
       code: samplePickWgsl(),
       bindings: ["read", "read", "read", "read_write"],
-      immediateBytes: 4,
+      immediateBytes: SAMPLE_IMMEDIATE_BYTES,
     }),
   ]);
-  const immediates = new Uint32Array([vocabulary]);
+  const immediates = new Uint32Array([vocabulary, 2]);
   const partials = createStorage(gpu, "sample partials", maxRows * SAMPLE_SLICES * SAMPLE_PARTIAL_BYTES);
   return {
     bind({ logits, parameters, output }) {

@@ -4,6 +4,8 @@
 export const SAMPLE_THREADS = 64;
 /** Slices of one row in the scan. */
 export const SAMPLE_SLICES = 16;
+/** Bytes of the immediates: the vocabulary, and 2, the number of stages of the choice. */
+export const SAMPLE_IMMEDIATE_BYTES = 8;
 /** Bytes of one slice's partial: best key, best index, sum of exp, non-finite flag. */
 export const SAMPLE_PARTIAL_BYTES = 16;
 
@@ -12,7 +14,7 @@ export const SAMPLE_PARTIAL_BYTES = 16;
  * A key of 0 is never made by a number: it is the key of "nothing".
  */
 const KEYS = `
-struct Parameters { vocabulary: u32 }
+struct Parameters { vocabulary: u32, stages: u32 }
 var<immediate> parameters: Parameters;
 fn isFiniteBits(bits: u32) -> bool { return (bits & 0x7f800000u) != 0x7f800000u; }
 fn keyOf(bits: u32) -> u32 {
@@ -275,17 +277,26 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) la
   if (request.temperature > 0.0 && best.key != 0u) {
     var kept = Threshold(0u, 0u);
     var weighting = Weighting(top, 1.0 / max(request.temperature, 1e-6), 0.0);
-    if (request.topK > 0u && request.topK < parameters.vocabulary) {
-      let result = narrow(row, lane, kept, weighting, request.topK);
-      kept = Threshold(result.x, select(result.y, 0u, result.x == 0u));
-    }
-    weighting.scale = 2147483648.0 / sumExp(row, lane, kept, weighting);
-    if (request.topP < 1.0) {
-      // What is kept so far weighs 2³¹ less what rounding down took.
-      let wanted = max(1u, u32(ceil(max(request.topP, 0.0) * keptMass(row, lane, kept, weighting))));
-      let result = narrow(row, lane, kept, weighting, wanted);
-      let weight = max(1u, weightOf(max(result.x, 1u), weighting));
-      kept = Threshold(result.x, (result.y + weight - 1u) / weight);
+    // Top-k by count, then top-p by mass: one search in a loop, so that drivers compile it once.
+    for (var stage = 0u; stage < parameters.stages; stage++) {
+      let byCount = stage == 0u;
+      if (!byCount) { weighting.scale = 2147483648.0 / sumExp(row, lane, kept, weighting); }
+      let limitsCount = request.topK > 0u && request.topK < parameters.vocabulary;
+      let limitsMass = request.topP < 1.0;
+      if ((byCount && limitsCount) || (!byCount && limitsMass)) {
+        var wanted = request.topK;
+        if (!byCount) {
+          // What is kept so far weighs 2³¹ less what rounding down took.
+          wanted = max(1u, u32(ceil(max(request.topP, 0.0) * keptMass(row, lane, kept, weighting))));
+        }
+        let result = narrow(row, lane, kept, weighting, wanted);
+        if (byCount) {
+          kept = Threshold(result.x, select(result.y, 0u, result.x == 0u));
+        } else {
+          let weight = max(1u, weightOf(max(result.x, 1u), weighting));
+          kept = Threshold(result.x, (result.y + weight - 1u) / weight);
+        }
+      }
     }
     draw(row, lane, kept, weighting, pcg4d(vec4u(request.seedLow, request.seedHigh, request.position, 0u)).x);
   }
