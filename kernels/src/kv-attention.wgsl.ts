@@ -247,20 +247,24 @@ ${accumulate((m, g) => `weights[${(g * queries + m) * 32}u + t]`)}
     }
     workgroupBarrier();`;
   }
-  const token = (j: number) => `        { ${valueCodes(s, j)}
-${accumulate((m, g) => `subgroupBroadcast(pw${g}_${m}, ${j}u)`)} }`;
+  const vector = (v: number) => `    { let base = values + ${v * lanes * words}u;
+${each(words, (w) => `      let w${w} = pages[base + ${w * lanes}u + lane];`)}
+${each(
+  parts,
+  (
+    g,
+  ) => `      let sz${g} = unpack2x16float(pages[values - valueShift + ${v * (lanes / 4) * parts * 4}u + ((lane >> 2u) * ${parts}u + ${g}u) * 4u + (lane & 3u)]);
+      ${each(queries, (m) => `let pw${g}_${m} = p${v}_${m} * sz${g}.x; zero${m}_${g} = fma(p${v}_${m}, sz${g}.y, zero${m}_${g});`, " ")}`,
+)}
+${each(
+  lanes,
+  (j) => `        { ${valueCodes(s, j)}
+${accumulate((m, g) => `subgroupBroadcast(pw${g}_${m}, ${j}u)`)} }`,
+)} }`;
   return `${base}${shift}
     let placeMask = ${2 ** bits - 1}u << (${bits}u * (lane & ${half - 1}u));
     let highShift = ((lane / ${half}u) & 1u) * 16u;
-${fold}
-    workgroupBarrier();
-    for (var vector = 0u; vector < ${tokenVectors}u * params.one; vector++) {
-      let base = values + vector * ${lanes * words}u;
-${each(words, (w) => `      let w${w} = pages[base + ${w * lanes}u + lane];`)}
-${each(parts, (g) => each(queries, (m) => `      let pw${g}_${m} = weights[${(g * queries + m) * 32}u + vector * ${lanes}u + lane];`))}
-${each(lanes, token)}
-    }
-    workgroupBarrier();`;
+${each(tokenVectors, vector)}`;
 }
 
 /** Codes of token `j` of a vector of tokens as v{channelVector}, in place (subgroups only): words are in w0, w1, ... */

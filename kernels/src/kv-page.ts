@@ -3,6 +3,7 @@ import { floatToHalf, halfToFloat } from "./half.ts";
 import { KV_GROUP, type KvBits, type KvFormat, type KvShape } from "./kv-format.ts";
 import {
   codesPerWord,
+  type KvPageLayout,
   keyMetaOffset,
   keyWordOffset,
   kvPageLayout,
@@ -82,6 +83,7 @@ export function keyNorm(keys: Float32Array): number {
 
 interface PageView {
   readonly words: Uint32Array;
+  readonly layout: KvPageLayout;
   readonly format: KvFormat;
   readonly shape: KvShape;
 }
@@ -97,7 +99,7 @@ function writeCode(words: Uint32Array, at: number, bits: KvBits, index: number, 
 export function encodePage(format: KvFormat, shape: KvShape, { keys, values }: KvPageValues): Uint8Array<ArrayBuffer> {
   const layout = kvPageLayout(format, shape);
   const { blockTokens, kvHeads, headDim } = shape;
-  const page = { words: new Uint32Array(layout.page), format, shape };
+  const page = { words: new Uint32Array(layout.page), layout, format, shape };
   const k = keys.slice();
   const v = values.slice();
   const row = kvHeads * headDim;
@@ -123,8 +125,7 @@ export function encodePage(format: KvFormat, shape: KvShape, { keys, values }: K
   return new Uint8Array(page.words.buffer);
 }
 
-function encodeKeys({ words, format, shape }: PageView, head: number, keys: Float32Array): void {
-  const layout = kvPageLayout(format, shape);
+function encodeKeys({ words, layout, format, shape }: PageView, head: number, keys: Float32Array): void {
   const { blockTokens, kvHeads, headDim } = shape;
   const bits = format.keyBits;
   const perWord = codesPerWord(bits);
@@ -146,8 +147,7 @@ function encodeKeys({ words, format, shape }: PageView, head: number, keys: Floa
   }
 }
 
-function encodeValues({ words, format, shape }: PageView, head: number, values: Float32Array): void {
-  const layout = kvPageLayout(format, shape);
+function encodeValues({ words, layout, format, shape }: PageView, head: number, values: Float32Array): void {
   const { blockTokens, kvHeads, headDim } = shape;
   const bits = format.valueBits;
   const perWord = codesPerWord(bits);
@@ -179,8 +179,7 @@ function dequantize(code: number, meta: number): number {
 }
 
 /** Stored value of K, rotation and norm not undone. */
-function storedKey({ words, format, shape }: PageView, head: number, token: number, channel: number): number {
-  const layout = kvPageLayout(format, shape);
+function storedKey({ words, layout, format, shape }: PageView, head: number, token: number, channel: number): number {
   const bits = format.keyBits;
   const perWord = codesPerWord(bits);
   const offset = keyWordOffset(shape.headDim, bits, token, Math.floor(channel / perWord));
@@ -190,8 +189,7 @@ function storedKey({ words, format, shape }: PageView, head: number, token: numb
   return dequantize(code, words[meta] as number);
 }
 
-function storedValue({ words, format, shape }: PageView, head: number, token: number, channel: number): number {
-  const layout = kvPageLayout(format, shape);
+function storedValue({ words, layout, format, shape }: PageView, head: number, token: number, channel: number): number {
   const bits = format.valueBits;
   const perWord = codesPerWord(bits);
   const offset = valueWordOffset(shape.headDim, bits, token, Math.floor(channel / perWord));
@@ -212,7 +210,7 @@ export function decodePage(format: KvFormat, shape: KvShape, page: Uint8Array): 
     throw new RangeError(`page of ${page.byteLength} bytes: format ${format.name} has ${layout.page * 4}`);
   }
   const words = new Uint32Array(page.slice().buffer);
-  const view = { words, format, shape };
+  const view = { words, layout, format, shape };
   const { blockTokens, kvHeads, headDim } = shape;
   const keys = new Float32Array(blockTokens * kvHeads * headDim);
   const values = new Float32Array(keys.length);
