@@ -12,11 +12,11 @@ import {
 import type { BlockStore } from "./block-store.ts";
 
 /** Block ids in one lookup, fetch or pin. */
-export const maxIdsInRequest = 4_096;
+const maxIdsInRequest = 4_096;
 /** Uploads at the same time; each holds at most one block in memory. */
-export const maxUploads = 64;
+const maxUploads = 64;
 /** Largest block the store takes, in payload bytes. */
-export const maxBlockBytes = 128 * 1024 * 1024;
+const maxBlockBytes = 128 * 1024 * 1024;
 const retryAfterMs = 500;
 
 /** The gRPC service over a store: checks requests, cuts blocks into chunks, bounds uploads. */

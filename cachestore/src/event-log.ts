@@ -1,7 +1,7 @@
 import type { BlockEvent, FollowedEvent } from "./block-store.ts";
 
 /** Events kept for replay. */
-export const keptEvents = 65_536;
+const keptEvents = 65_536;
 
 /** The latest changes, numbered without gaps, for any number of followers at their own pace. */
 export class EventLog {

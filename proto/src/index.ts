@@ -109,9 +109,9 @@ export { localMembership } from "./local-membership.ts";
 export { createLogger, type Logger, type LogLevel } from "./logging.ts";
 export { type Announcement, type Member, type MemberRole, type Membership, memberTtlMs } from "./membership.ts";
 export { createRegistry, type MetricsServer, type MetricsServerOptions, serveMetrics } from "./metrics.ts";
-export { openPglitePool, type PglitePool } from "./pglite-pool.ts";
+export { openPglitePool, type PglitePool, type PglitePoolOptions } from "./pglite-pool.ts";
 export { plainBytes } from "./plain-bytes.ts";
-export { pgliteJobQueues, postgresJobQueues } from "./postgres-job-queues.ts";
+export { type PgliteQueueOptions, pgliteJobQueues, postgresJobQueues } from "./postgres-job-queues.ts";
 export {
   blockIdBytes,
   blockIds,

@@ -1,4 +1,4 @@
-import { mkdtemp, rm } from "node:fs/promises";
+import { mkdtemp, readdir, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { create, type MessageInitShape } from "@bufbuild/protobuf";
@@ -127,7 +127,11 @@ describe.each(backends)("%s job queues", (_, open) => {
   it("pause without stopping what runs", async () => {
     const gate = deferred();
     let started = 0;
-    const consumer = await queues.consume("pause", () => (started++, gate.promise), { concurrency: 8 });
+    const handler = () => {
+      started++;
+      return gate.promise;
+    };
+    const consumer = await queues.consume("pause", handler, { concurrency: 8 });
     await queues.enqueue("pause", job("first"));
     await expect.poll(() => consumer.activeJobs()).toBe(1);
     await consumer.pause();
@@ -252,6 +256,37 @@ describe("PGlite on disk", () => {
       await second.close();
     } finally {
       await rm(dataDirectory, { recursive: true, force: true });
+    }
+  });
+});
+
+describe("PGlite from a prepared database", () => {
+  it("starts empty from what the first start kept, and survives its damage", async () => {
+    const cacheDirectory = await mkdtemp(join(tmpdir(), "kivimesh-queue-cache-"));
+    const run = async () => {
+      const before = performance.now();
+      const queues = await pgliteJobQueues({ cacheDirectory, logger });
+      console.log(`opened in ${Math.round(performance.now() - before)} ms`);
+      expect(await queues.counts("w")).toEqual({ waiting: 0, active: 0 });
+      const received: string[] = [];
+      const consumer = await queues.consume("w", async (each) => void received.push(each.requestId), {
+        concurrency: 1,
+      });
+      await queues.enqueue("w", job("r"));
+      await expect.poll(() => received, { timeout: 10_000 }).toEqual(["r"]);
+      await consumer.close();
+      await queues.close();
+    };
+    try {
+      await run();
+      const [name, ...more] = await readdir(cacheDirectory);
+      expect(more).toEqual([]);
+      await run();
+      await writeFile(join(cacheDirectory, name!), "not an archive");
+      await run();
+      await run();
+    } finally {
+      await rm(cacheDirectory, { recursive: true, force: true });
     }
   });
 });

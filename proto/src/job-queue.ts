@@ -52,7 +52,7 @@ interface QueuedJob {
 }
 
 /** What is used of a BullMQ Queue, whatever its backend. */
-export interface BackedQueue {
+interface BackedQueue {
   add(name: string, data: QueuedJob, options: { jobId: string; priority: number }): Promise<unknown>;
   getJob(jobId: string): Promise<unknown>;
   remove(jobId: string): Promise<number>;
@@ -62,7 +62,7 @@ export interface BackedQueue {
 }
 
 /** What is used of a BullMQ Worker, whatever its backend. */
-export interface BackedWorker {
+interface BackedWorker {
   waitUntilReady(): Promise<unknown>;
   pause(doNotWaitActive: boolean): Promise<void>;
   close(force?: boolean): Promise<void>;
@@ -71,7 +71,7 @@ export interface BackedWorker {
 }
 
 /** What is used of a BullMQ Job. */
-export interface BackedJob {
+interface BackedJob {
   data: QueuedJob;
   moveToWait(token?: string): Promise<unknown>;
 }

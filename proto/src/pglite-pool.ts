@@ -1,24 +1,33 @@
 import { EventEmitter } from "node:events";
-import { PGlite, type PGliteOptions, types } from "@electric-sql/pglite";
+import { PGlite, types } from "@electric-sql/pglite";
 import type { PgPool, PgPoolClient, PgQueryResult } from "bullmq";
 
 /** An in-process Postgres in the shape of a node-postgres pool, as far as BullMQ's Postgres backend uses one. */
 export interface PglitePool extends PgPool {
   /** Ends the database; every client of the pool ends with it. */
   end(): Promise<void>;
+  /** All of it as a gzipped tar archive. */
+  dump(): Promise<Blob>;
+}
+
+export interface PglitePoolOptions {
+  /** Where the database lives; left out: in memory. */
+  dataDirectory?: string;
+  /** A dump of an earlier database (a tar archive), to start from instead of an empty one. Only in memory. */
+  dump?: Blob;
 }
 
 /**
- * Opens PGlite, in memory or in `dataDirectory`, and wraps it as a pool. There is one session, so all clients share it:
- * queries run one after the other, and every listening client hears the session's notifications.
+ * Opens PGlite and wraps it as a pool. There is one session, so all clients share it: queries run one after the other,
+ * and every listening client hears the session's notifications.
  */
-export async function openPglitePool(dataDirectory?: string): Promise<PglitePool> {
-  const options: PGliteOptions = {
+export async function openPglitePool(options: PglitePoolOptions = {}): Promise<PglitePool> {
+  const database = await PGlite.create({
     // As node-postgres does: 64-bit integers stay text.
     parsers: { [types.INT8]: (text: string) => text },
-    ...(dataDirectory === undefined ? {} : { dataDir: dataDirectory }),
-  };
-  const database = await PGlite.create(options);
+    ...(options.dataDirectory !== undefined && { dataDir: options.dataDirectory }),
+    ...(options.dump !== undefined && { loadDataDir: options.dump }),
+  });
   return new SharedSessionPool(database);
 }
 
@@ -46,6 +55,10 @@ class SharedSessionPool extends EventEmitter implements PglitePool {
     const client = new SharedSessionClient(this.#database, () => this.#clients.delete(client));
     this.#clients.add(client);
     return client;
+  }
+
+  dump(): Promise<Blob> {
+    return this.#database.dumpDataDir("gzip");
   }
 
   async end(): Promise<void> {
