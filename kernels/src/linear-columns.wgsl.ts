@@ -3,8 +3,9 @@
  *
  * A thread owns `tileRows` rows × `tileColumns` outputs and walks K in order; lanes own neighbouring outputs. There is no
  * workgroup memory and no barrier: inputs are the same for all lanes of a workgroup, so the driver loads them once, and
- * each decoded weight is used for every row of the tile. Gathering a word costs this driver more than decoding it. Every output sees the same operations in the same order whatever
- * the tile, so the tile may follow the number of rows; `fma` is written out, since drivers contract as they like.
+ * each decoded weight is used for every row of the tile. Gathering a word costs this driver more than decoding it.
+ * Every output sees the same operations in the same order whatever the tile, so the tile may follow the number of rows;
+ * `fma` is written out, since drivers contract as they like.
  */
 import { LINEAR_PARAMETERS, LINEAR_STORE } from "./linear-parameters.wgsl.ts";
 import { codeWordsPerGroup, scaleWordsPerGroup, type WeightEncoding } from "./weight-encoding.ts";

@@ -152,6 +152,17 @@ describe.each(["software", "hardware"] as const)("linear, %s profile", (profile:
     }
   });
 
+  test("a vocabulary beyond 65535 workgroups of four outputs", async () => {
+    const outputs = 4 * 65535 + 7;
+    const parts = randomParts(random, "Q4_0", 32, [outputs]);
+    const input = random.normals(2 * 32);
+    const expected = linearReference(input, 2, 32, parts);
+    for (const phase of PHASES) {
+      const actual = await runLinear({ parts, columns: 32, phase, accumulate: false }, input, 2);
+      assertClose(`${phase} ${outputs}`, actual, expected, { nmse: 1e-11, maxAbs: 1e-4 });
+    }
+  });
+
   test("the same input gives the same bits twice", async () => {
     const columns = 256;
     const parts = randomParts(random, "Q8_0", columns, [130]);
