@@ -74,7 +74,8 @@ export class EngineClient {
           if (message.type === "ready") resolve(message);
         });
       });
-      thread.removeAllListeners();
+      // Not all events at once: that would also take the hooks that keep the thread's port open.
+      for (const event of ["error", "exit", "message"]) thread.removeAllListeners(event);
       return new EngineClient(thread, ready.model, ready.stats);
     } catch (error) {
       await thread.terminate();
