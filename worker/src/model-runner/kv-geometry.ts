@@ -1,5 +1,5 @@
 /** Sizes of the KV cache that follow from the model, the format and the memory that it may take. */
-import { bitsPerElement, blockBytes, type Gpu, type KvShape, kvFormat, pageBytes, validateKv } from "@kivimesh/kernels";
+import { bitsPerElement, blockBytes, type KvShape, kvFormat, pageBytes, validateKv } from "@kivimesh/kernels";
 import { ClusterError } from "@kivimesh/proto";
 import type { ModelConfig } from "../model/model-config.ts";
 import type { KvGeometry } from "./model-runner.ts";
@@ -43,14 +43,20 @@ export interface PagePoolRequest {
   readonly kvBytes?: number;
 }
 
+/** What a device says about buffers, in bytes. */
+export interface BufferLimits {
+  readonly maxStorageBufferBindingSize: number;
+  readonly maxBufferSize: number;
+}
+
 /**
  * Pages in the pool: what the bytes allow, at most what one binding of the device holds for a layer.
  * @throws ClusterError INVALID_ARGUMENT where not even one residual window of blocks fits.
  */
-export function pagesInPool(gpu: Gpu, kv: KvGeometry, request: PagePoolRequest): number {
+export function pagesInPool(device: BufferLimits, kv: KvGeometry, request: PagePoolRequest): number {
   const all = request.maxSequences * request.maxPagesPerSequence;
   const wanted = request.kvBytes ?? Math.min(all * kv.blockBytes, DEFAULT_KV_BYTES);
-  const { maxStorageBufferBindingSize, maxBufferSize } = gpu.device.limits;
+  const { maxStorageBufferBindingSize, maxBufferSize } = device;
   const layerBytes = pageBytes(kv.format, kv);
   const bound = Math.floor(Math.min(maxStorageBufferBindingSize, maxBufferSize) / layerBytes);
   const pages = Math.min(Math.floor(wanted / kv.blockBytes), bound);

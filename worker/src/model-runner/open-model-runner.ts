@@ -44,7 +44,7 @@ function runnerLimits(gpu: Gpu, config: ModelConfig, kv: KvGeometry, options: Op
     );
   }
   const maxPagesPerSequence = Math.ceil(maxContextTokens / kv.blockTokens);
-  const numPages = pagesInPool(gpu, kv, {
+  const numPages = pagesInPool(gpu.device.limits, kv, {
     maxSequences,
     maxPagesPerSequence,
     ...(options.kvBytes === undefined ? {} : { kvBytes: options.kvBytes }),

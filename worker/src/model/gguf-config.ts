@@ -74,6 +74,8 @@ export class GgufFields {
 export function ggufConfig(fields: GgufFields, file: GgufFile): ModelConfig {
   const architecture = fields.text("general.architecture");
   if (architecture !== "llama") throw fields.unsupported("general.architecture", architecture, "llama");
+  const shards = fields.number("split.count", 1);
+  if (shards > 1) throw fields.unsupported("split.count", shards, "1 (join the parts with llama-gguf-split --merge)");
   const experts = fields.number("llama.expert_count", 0);
   if (experts > 0) throw fields.unsupported("llama.expert_count", experts, "0 (no mixture of experts)");
   const hidden = fields.positive("llama.embedding_length");

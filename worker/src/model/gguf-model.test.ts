@@ -90,6 +90,7 @@ describe("a GGUF file", () => {
 
   test.each([
     ["general.architecture", "mamba", "MODEL_UNSUPPORTED", /architecture" is mamba; supported: llama/],
+    ["split.count", 2, "MODEL_UNSUPPORTED", /split.count" is 2; supported: 1/],
     ["llama.expert_count", 8, "MODEL_UNSUPPORTED", /expert_count/],
     ["llama.rope.scaling.type", "yarn", "MODEL_UNSUPPORTED", /yarn/],
     ["llama.embedding_length", undefined, "MODEL_FILE_INVALID", /embedding_length" is missing/],
