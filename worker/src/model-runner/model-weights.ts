@@ -19,7 +19,7 @@ export interface StackedWeight {
   readonly parts: readonly { readonly weight: LinearWeight; readonly outputOffset: number }[];
 }
 
-export interface LayerWeights {
+interface LayerWeights {
   readonly attentionNorm: GPUBuffer;
   readonly qkv: StackedWeight;
   readonly attentionOutput: StackedWeight;

@@ -14,8 +14,7 @@ export type {
   StepResult,
 } from "../model-runner/model-runner.ts";
 export { openModelRunner } from "../model-runner/open-model-runner.ts";
-export { type PerplexityOptions, type PerplexityResult, textPerplexity } from "../model-runner/perplexity.ts";
-export { DUMMY_ARCHITECTURES } from "./dummy-model.ts";
+export { textPerplexity } from "../model-runner/perplexity.ts";
 export { loadModel } from "./load-model.ts";
-export type { LoadedModel, ModelSource, ModelTensor, TokenizerDefinition } from "./loaded-model.ts";
-export type { ModelConfig, RopeConfig } from "./model-config.ts";
+export type { LoadedModel, ModelSource, TokenizerDefinition } from "./loaded-model.ts";
+export type { ModelConfig } from "./model-config.ts";
