@@ -18,9 +18,12 @@ const maxUploads = 64;
 /** Largest block the store takes, in payload bytes. */
 const maxBlockBytes = 128 * 1024 * 1024;
 const retryAfterMs = 500;
+/** How long an upload may be silent, in milliseconds: a stuck client must not hold a place for ever. */
+const defaultUploadIdleMs = 10_000;
 
 /** The gRPC service over a store: checks requests, cuts blocks into chunks, bounds uploads. */
-export function cachestoreService(store: BlockStore): ServiceBinding {
+export function cachestoreService(store: BlockStore, limits: { uploadIdleMs?: number } = {}): ServiceBinding {
+  const uploadIdleMs = limits.uploadIdleMs ?? defaultUploadIdleMs;
   let uploads = 0;
   return implementService(Cachestore, {
     async lookup({ blockIds, leaseMs }) {
@@ -45,7 +48,7 @@ export function cachestoreService(store: BlockStore): ServiceBinding {
       }
       uploads++;
       try {
-        return { stored: await receive(store, requests) };
+        return { stored: await receive(store, watched(requests, uploadIdleMs)) };
       } finally {
         uploads--;
       }
@@ -102,6 +105,27 @@ async function receive(store: BlockStore, requests: AsyncIterable<StoreRequest>)
   }
   const rest = { [Symbol.asyncIterator]: () => parts };
   return store.store(await collectBlock(prepended(first.value, rest), maxBlockBytes));
+}
+
+/** The same parts; throws DEADLINE_EXCEEDED when one takes longer than `idleMs` to come. */
+async function* watched(parts: AsyncIterable<StoreRequest>, idleMs: number): AsyncGenerator<StoreRequest> {
+  const iterator = parts[Symbol.asyncIterator]();
+  for (;;) {
+    let timer: NodeJS.Timeout | undefined;
+    const silence = new Promise<never>((_, reject) => {
+      const late = new ClusterError("DEADLINE_EXCEEDED", `the upload was silent for ${idleMs} ms`);
+      timer = setTimeout(() => reject(late), idleMs);
+    });
+    try {
+      const next = await Promise.race([iterator.next(), silence]);
+      if (next.done) {
+        return;
+      }
+      yield next.value;
+    } finally {
+      clearTimeout(timer);
+    }
+  }
 }
 
 async function* prepended(first: StoreRequest, rest: AsyncIterable<StoreRequest>): AsyncGenerator<StoreRequest> {

@@ -12,13 +12,16 @@ import {
   hex,
   localMembership,
   type RpcClient,
+  serveGrpc,
   verifyBlock,
 } from "@kivimesh/proto";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
 import type { StoredBlock } from "./block-store.ts";
 import { type CachestoreServer, startCachestore } from "./cachestore.ts";
+import { cachestoreService } from "./cachestore-service.ts";
 import { cachestoreConfigFromEnvironment } from "./config.ts";
 import { chain, idsOf, temporaryDirectory } from "./testing/sealed-blocks.ts";
+import { openTieredStore } from "./tiered-store.ts";
 
 type Client = RpcClient<typeof Cachestore>;
 const MiB = 1024 * 1024;
@@ -156,6 +159,27 @@ describe("the service", () => {
     expect(sent).toBeLessThan(500);
   });
 
+  it("gives the place of a stuck upload to others", async () => {
+    const store = await openTieredStore({ directory: join(directory, "own"), memoryBytes: 0, diskBytes: 16 * MiB });
+    const own = await serveGrpc({ port: 0, services: [cachestoreService(store, { uploadIdleMs: 200 })] });
+    const impatient = createClient(Cachestore, own.address);
+    const [block] = chain("a", 1);
+    const stuck = async function* () {
+      yield { part: { case: "header" as const, value: block!.header } };
+      await new Promise((resolve) => setTimeout(resolve, 3_000));
+    };
+    const lost = Array.from({ length: 64 }, () =>
+      expect(impatient.store(stuck())).rejects.toMatchObject({ code: "DEADLINE_EXCEEDED" }),
+    );
+    const last = impatient.store(stuck());
+    await expect(last).rejects.toMatchObject({ code: "QUEUE_FULL", retryAfterMs: 500 });
+    await Promise.all(lost);
+    await storeAll(impatient, [block!]);
+    impatient.close();
+    await own.shutdown(100);
+    await store.close();
+  });
+
   it("refuses ids that cannot be", async () => {
     const code = "INVALID_ARGUMENT";
     await expect(client.lookup({ blockIds: [new Uint8Array(31)] })).rejects.toMatchObject({ code });
@@ -194,20 +218,26 @@ describe("the service", () => {
   });
 
   it("moves blocks at a useful rate", async () => {
-    const blocks = chain("big", 64, 2 * MiB);
-    const before = performance.now();
-    for (let start = 0; start < blocks.length; start += 8) {
-      await Promise.all(blocks.slice(start, start + 8).map((block) => client.store(upload(block))));
-    }
-    const stored = performance.now();
-    const received = await fetchAll(idsOf(blocks));
-    const fetched = performance.now();
-    expect(received.length).toBe(64);
-    const rate = (ms: number) => Math.round((128 * MiB) / 1e6 / (ms / 1000));
-    console.log(
-      `stored ${rate(stored - before)} MB/s, fetched ${rate(fetched - stored)} MB/s (disk tier, checked twice)`,
-    );
-    expect(rate(fetched - stored)).toBeGreaterThan(20);
+    const blocks = chain("big", 48, 2 * MiB);
+    const bytes = 48 * 2 * MiB;
+    // Against the processor's time, not the wall's: both ends run here, and other things run beside them.
+    const measured = async (name: string, action: () => Promise<void>): Promise<number> => {
+      const [before, wallBefore] = [process.cpuUsage(), performance.now()];
+      await action();
+      const { user, system } = process.cpuUsage(before);
+      const rates = [user + system, (performance.now() - wallBefore) * 1000].map((us) => Math.round(bytes / us));
+      console.log(`${name}: ${rates[0]} MB for each second of CPU of both ends together, ${rates[1]} MB/s`);
+      return rates[0]!;
+    };
+    const stored = await measured("store", async () => {
+      for (let start = 0; start < blocks.length; start += 8) {
+        await Promise.all(blocks.slice(start, start + 8).map((block) => client.store(upload(block))));
+      }
+    });
+    const fetched = await measured("fetch, mostly from disk", async () => {
+      expect((await fetchAll(idsOf(blocks))).length).toBe(48);
+    });
+    expect(Math.min(stored, fetched)).toBeGreaterThan(20);
   });
 });
 

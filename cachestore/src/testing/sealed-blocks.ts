@@ -32,11 +32,7 @@ export function chain(name: string, length: number, payloadBytes = 10_000): Stor
 
 /** Bytes that only this block has. */
 function payloadOf(blockId: Uint8Array, bytes: number): Uint8Array {
-  const payload = new Uint8Array(bytes);
-  for (let index = 0; index < bytes; index++) {
-    payload[index] = (blockId[index % 32]! * 7 + index * 13) & 0xff;
-  }
-  return payload;
+  return new Uint8Array(Buffer.alloc(bytes, blockId));
 }
 
 export function idsOf(blocks: readonly StoredBlock[]): Uint8Array[] {
