@@ -25,6 +25,13 @@ export async function createKvCache(
   activations: Activations,
 ): Promise<KvCache> {
   const { theta, dimensions, scaling, frequencyFactors, layout } = config.rope;
+  const ropeTable = buildRopeTable({
+    ropeDim: dimensions,
+    theta,
+    maxPositions: limits.maxContextTokens,
+    ...(scaling === undefined ? {} : { scaling }),
+    ...(frequencyFactors === undefined ? {} : { frequencyFactors }),
+  });
   const kernels = await createKvKernels(gpu, {
     format: kv.format,
     shape: kv,
@@ -36,15 +43,9 @@ export async function createKvCache(
     maxPositions: limits.maxContextTokens,
     ropeLayout: layout,
     ropeDim: dimensions,
-    ropeTable: buildRopeTable({
-      ropeDim: dimensions,
-      theta,
-      maxPositions: limits.maxContextTokens,
-      ...(scaling === undefined ? {} : { scaling }),
-      ...(frequencyFactors === undefined ? {} : { frequencyFactors }),
-    }),
+    ropeTable,
   });
-  memory.own("other", kernels.pageTable.size + kernels.status.size, kernels);
+  memory.own("other", kernels.pageTable.size + kernels.status.size + ropeTable.byteLength, kernels);
   const bytes = pageBytes(kv.format, kv);
   const chunkKv = memory.storage("activations", "chunk K and V", kernels.chunkKvBytes);
   const pages: GPUBuffer[] = [];
