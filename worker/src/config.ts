@@ -30,7 +30,7 @@ export interface EngineConfig {
   readonly maxSequences?: number | undefined;
   /** Bytes of GPU memory for sealed pages. */
   readonly kvBytes?: number | undefined;
-  /** Prefill rows of one step. Default: 256 on software drivers, 1024 on hardware, but never less than R. */
+  /** Prefill rows of one step. Default: 128 on software drivers, 1024 on hardware, but never less than R. */
   readonly maxPrefillRows?: number | undefined;
   readonly maxContextTokens?: number | undefined;
   /** Default "invariant". */

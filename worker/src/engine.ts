@@ -21,6 +21,9 @@ const readsPerStep = 4;
 /** How long an engine that cannot run a step waits for pages or blocks before it looks again, in milliseconds. */
 const stalledMs = 20;
 
+/** A step that takes longer hangs: the GPU is given up, in milliseconds. */
+const stepTimeoutMs = 120_000;
+
 export interface EngineOptions {
   readonly runner: ModelRunner;
   /** 32 bytes. */
@@ -233,7 +236,7 @@ export class Engine {
   }
 
   async #step({ plan, parts }: BuiltStep): Promise<void> {
-    const result = await this.runner.step(plan);
+    const result = await within(this.runner.step(plan), stepTimeoutMs);
     this.#counters.step(plan, result.seconds.wall);
     this.#stepsSincePrefill = plan.prefill.length > 0 ? 0 : this.#stepsSincePrefill + 1;
     const sampled = new Map(result.sampled.map((token) => [token.slot, token]));
@@ -388,7 +391,7 @@ export class Engine {
     this.#failure = error;
     this.#closed = true;
     const { code, message } = toClusterError(error);
-    const told = new ClusterError(code === "DEVICE_LOST" ? code : "INTERNAL", message, { cause: error });
+    const told = new ClusterError(code === "DEVICE_LOST" ? code : "WORKER_LOST", message, { cause: error });
     for (const sequence of this.#table.all) this.#failSequence(sequence, told);
     this.#options.onFailure?.(error);
   }
@@ -400,5 +403,18 @@ export class Engine {
     const change = this.#pool.takeChanges();
     if (change.added.length + change.removed.length > 0) this.#options.onPrefixChange?.(change);
     this.#options.onStats?.();
+  }
+}
+
+async function within<T>(step: Promise<T>, timeoutMs: number): Promise<T> {
+  let timer: NodeJS.Timeout | undefined;
+  const timeout = new Promise<never>((_, reject) => {
+    const lost = new ClusterError("DEVICE_LOST", `a step did not end within ${timeoutMs} ms`);
+    timer = setTimeout(reject, timeoutMs, lost);
+  });
+  try {
+    return await Promise.race([step, timeout]);
+  } finally {
+    clearTimeout(timer);
   }
 }

@@ -16,8 +16,8 @@ import {
   type SamplingParameters,
 } from "./model/index.ts";
 
-/** Prefill rows of a step where the configuration names none: software drivers take seconds for more. */
-const prefillRows = { software: 256, hardware: 1024 };
+/** Prefill rows of a step where the configuration names none: a software driver takes seconds for these already. */
+const prefillRows = { software: 128, hardware: 1024 };
 
 /** Steps without prefill between two with it, while something decodes: how far prefill may slow a running stream. */
 const decodeStepsPerPrefill = { software: 4, hardware: 1 };
