@@ -5,7 +5,7 @@
 import { bootstrap } from "./setup/bootstrap.mjs";
 import { fail } from "./setup/progress.mjs";
 
-const FIRST_PROMPT = "What is the capital of France?";
+const FIRST_PROMPT = "Explain in a few sentences how a rainbow forms.";
 
 try {
   await bootstrap();

@@ -105,7 +105,7 @@ export function promptReport(
 export function formatReport(report: PromptReport): string {
   const { gpu, peer, cachestore, computed } = report.promptTokensBySource;
   const { f16Bytes, storedBytes } = report.kv;
-  const ratio = storedBytes > 0 ? ` (${(f16Bytes / storedBytes).toFixed(2)} times less)` : "";
+  const ratio = storedBytes > 0 && storedBytes < f16Bytes ? ` (${(f16Bytes / storedBytes).toFixed(2)} times less)` : "";
   return formatTable(
     ["report", ""],
     [

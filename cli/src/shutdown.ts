@@ -3,6 +3,8 @@ import type { Output } from "./output.ts";
 
 /** A terminal and npm may both send the same Ctrl-C; a second one counts only after this. */
 const REPEATED_SIGNAL_MS = 1_000;
+/** What closing may take after the streams' grace. */
+const CLOSING_MS = 2_000;
 const SIGNALS = ["SIGINT", "SIGTERM"] as const;
 
 export interface Stoppable {
@@ -39,12 +41,32 @@ export function aborted(signal: AbortSignal): Promise<void> {
   return new Promise((resolve) => signal.addEventListener("abort", () => resolve(), { once: true }));
 }
 
+/** Waits for `work`, but no longer than `limitMs`. @returns whether it ended. */
+async function within(limitMs: number, work: Promise<void>): Promise<boolean> {
+  let timer: NodeJS.Timeout | undefined;
+  const late = new Promise<boolean>((resolve) => {
+    timer = setTimeout(() => resolve(false), limitMs);
+  });
+  try {
+    return await Promise.race([work.then(() => true), late]);
+  } finally {
+    clearTimeout(timer);
+  }
+}
+
 /**
- * Serves until the signal or a failure, then drains.
+ * Serves until the signal or a failure, then drains: streams get `graceMs`, closing a little more. Whatever still hangs
+ * then ends with the process.
  * @throws the failure, after draining.
  */
-export async function serveUntil(signal: AbortSignal, server: Stoppable, graceMs: number): Promise<void> {
+export async function serveUntil(
+  signal: AbortSignal,
+  server: Stoppable,
+  graceMs: number,
+  output: Output,
+): Promise<void> {
   const failure = await Promise.race([aborted(signal), server.failed ?? new Promise<never>(() => {})]);
-  await server.drain(graceMs);
+  const limitMs = graceMs + CLOSING_MS;
+  if (!(await within(limitMs, server.drain(graceMs)))) output.notice(`not closed after ${limitMs} ms; ending anyway`);
   if (failure instanceof Error) throw failure;
 }

@@ -77,17 +77,14 @@ async function openWorkers(
       logLevel: options.logLevel,
     };
   });
-  const started = await Promise.allSettled(
-    configs.map(async (config) => {
-      const worker = await startWorker(config, seams);
-      closers.add(() => worker.drain(WORKER_GRACE_MS));
-      return worker;
-    }),
-  );
-  return started.map((result) => {
-    if (result.status === "rejected") throw result.reason;
-    return result.value;
+  const started = await Promise.allSettled(configs.map((config) => startWorker(config, seams)));
+  const workers = started.flatMap((result) => (result.status === "fulfilled" ? [result.value] : []));
+  closers.add(async () => {
+    await Promise.all(workers.map((worker) => worker.drain(WORKER_GRACE_MS)));
   });
+  const failure = started.find((result) => result.status === "rejected");
+  if (failure !== undefined) throw failure.reason;
+  return workers;
 }
 
 /** Waits until the gateway would serve a request. @throws ClusterError NO_WORKER after a time limit. */

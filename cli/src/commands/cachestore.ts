@@ -84,7 +84,7 @@ async function cachestore(options: CachestoreOptions, { output }: CommandContext
       ...(seams === undefined ? {} : { membership: seams.membership }),
     });
     output.notice(`cachestore ${service.id}: gRPC ${service.address}`);
-    await serveUntil(termination.signal, service, options.drainTimeoutMs);
+    await serveUntil(termination.signal, service, options.drainTimeoutMs, output);
   } finally {
     await seams?.close();
     termination.dispose();

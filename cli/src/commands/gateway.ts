@@ -63,7 +63,7 @@ async function gateway(options: GatewayOptions, { output }: CommandContext): Pro
       seams,
     );
     output.notice(`gateway ${server.id}: ${server.httpUrl}, gRPC ${server.grpcAddress}`);
-    await serveUntil(termination.signal, server, options.drainTimeoutMs);
+    await serveUntil(termination.signal, server, options.drainTimeoutMs, output);
   } finally {
     await seams.close();
     termination.dispose();

@@ -166,7 +166,7 @@ async function up(options: UpOptions, context: CommandContext): Promise<void> {
     if (!termination.signal.aborted) {
       output.line(`HTTP  ${cluster.httpUrl}/v1\ngRPC  ${cluster.grpcAddress}\nCtrl-C ends the cluster.`);
     }
-    await serveUntil(termination.signal, cluster, options.drainTimeoutMs);
+    await serveUntil(termination.signal, cluster, options.drainTimeoutMs, output);
   }
   termination.dispose();
 }

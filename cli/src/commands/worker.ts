@@ -75,7 +75,7 @@ async function worker(options: WorkerOptions, { output }: CommandContext): Promi
       seams,
     );
     output.notice(`worker ${service.id}: ${service.model.name} on ${service.model.device}, gRPC ${service.address}`);
-    await serveUntil(termination.signal, service, options.drainTimeoutMs);
+    await serveUntil(termination.signal, service, options.drainTimeoutMs, output);
   } finally {
     await seams.close();
     termination.dispose();
