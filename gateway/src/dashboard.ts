@@ -48,21 +48,28 @@ export function dashboardState(
 ): DashboardState {
   return {
     models: registry.servedModels().map((model) => model.name),
-    workers: registry.connected().map(({ id, linked, link }) => ({
-      id,
-      model: linked.model.name,
-      kvFormat: linked.kvFormat,
-      device: linked.device,
-      draining: !link.announced,
-      running: link.load?.running ?? 0,
-      waiting: link.load?.waiting ?? 0,
-      freePages: link.load?.freePages ?? 0,
-      totalPages: link.load?.totalPages ?? 0,
-      heldBlocks: link.held.size,
-      prefillTokensPerSecond: link.load?.prefillTokensPerSecond ?? 0,
-    })),
+    workers: registry
+      .connected()
+      .sort(byId)
+      .map(({ id, linked, link }) => ({
+        id,
+        model: linked.model.name,
+        kvFormat: linked.kvFormat,
+        device: linked.device,
+        draining: !link.announced,
+        running: link.load?.running ?? 0,
+        waiting: link.load?.waiting ?? 0,
+        freePages: link.load?.freePages ?? 0,
+        totalPages: link.load?.totalPages ?? 0,
+        heldBlocks: link.held.size,
+        prefillTokensPerSecond: link.load?.prefillTokensPerSecond ?? 0,
+      })),
     requests: { running: coordinator.running, waiting: coordinator.waiting },
     queue: { healthy: monitor.healthy, waiting: monitor.waiting },
     ...totals,
   };
+}
+
+function byId(left: { id: string }, right: { id: string }): number {
+  return left.id < right.id ? -1 : 1;
 }

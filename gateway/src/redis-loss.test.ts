@@ -1,6 +1,6 @@
 /** The queue's store goes away and comes back. */
 import { setTimeout as delay } from "node:timers/promises";
-import { redisJobQueues, redisMembership } from "@kivimesh/proto";
+import { createLogger, redisJobQueues, redisMembership } from "@kivimesh/proto";
 import { startRedis } from "@kivimesh/proto/testing";
 import { expect, it } from "vitest";
 import { ask, codeOf, stream } from "./testing/chat-client.ts";
@@ -9,9 +9,10 @@ import { TestCluster, until } from "./testing/cluster.ts";
 const answer = "The quick 🦊 jumps over the lazy dog, and then it does so again.";
 
 it("without Redis running streams go on and new requests get 503 with a retry delay, until it is back", async () => {
+  const logger = createLogger("test", "silent");
   const redis = await startRedis();
-  const queues = redisJobQueues({ url: redis.url });
-  const cluster = await TestCluster.start(queues, redisMembership({ url: redis.url }));
+  const queues = redisJobQueues({ url: redis.url, logger });
+  const cluster = await TestCluster.start(queues, redisMembership({ url: redis.url, logger }));
   try {
     const worker = await cluster.worker("a", { behaviour: { answer, pauseAt: 20 } });
     const gateway = await cluster.gateway();

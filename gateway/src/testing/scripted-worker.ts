@@ -18,6 +18,7 @@ import {
   type JobQueues,
   type Membership,
   serveGrpc,
+  type TlsFiles,
   Worker,
 } from "@kivimesh/proto";
 import { ModelTokenizer } from "../tokenizer.ts";
@@ -76,6 +77,7 @@ export interface ScriptedWorkerOptions {
   readonly concurrency?: number;
   readonly contextTokens?: number;
   readonly modelName?: string;
+  readonly tls?: TlsFiles;
 }
 
 const blockTokens = 32;
@@ -168,8 +170,10 @@ export class ScriptedWorker {
 
   private async serve(port: number): Promise<void> {
     const worker = this;
+    const { tls } = this.options;
     this.server = await serveGrpc({
       port,
+      ...(tls === undefined ? {} : { tls }),
       services: [
         implementService(Worker, {
           async *subscribe(request, context) {
