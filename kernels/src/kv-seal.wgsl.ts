@@ -22,10 +22,10 @@ export interface KvSealTemplate {
 function quantizeText(name: string, bits: number): string {
   if (bits === 16) return "";
   return `
-fn scaleOf${name}(low: f32, high: f32) -> u32 { return toHalf((high - low) / ${2 ** bits - 1}.0); }
+fn scaleOf${name}(low: f32, high: f32) -> u32 { return toHalf(divide(high - low, ${2 ** bits - 1}.0)); }
 fn code${name}(x: f32, scale: f32, zero: f32) -> u32 {
   if (scale == 0.0) { return 0u; }
-  return u32(clamp(round((x - zero) / scale), 0.0, ${2 ** bits - 1}.0));
+  return u32(clamp(round(divide(x - zero, scale)), 0.0, ${2 ** bits - 1}.0));
 }`;
 }
 
@@ -56,7 +56,7 @@ ${
   rotateRow(token);
   for (var c = 0u; c < ${d}u * params.one; c++) {
     let at = token * ${d + 1}u + c;
-    tile[at] = select(tile[at] / divisor, 0.0, divisor == 0.0);
+    tile[at] = select(divide(tile[at], divisor), 0.0, divisor == 0.0);
   }`
     : ""
 }
@@ -162,8 +162,8 @@ fn keyNorm(begin: u32) -> u32 {
   var sum = 0.0;
   for (var w = 0u; w < ${words}u * params.one; w++) {
     let x = unpack2x16float(source[begin + w]);
-    sum += x.x * x.x;
-    sum += x.y * x.y;
+    sum = fma(x.x, x.x, sum);
+    sum = fma(x.y, x.y, sum);
   }
   return toHalf(sqrt(sum / ${shape.kvHeads * d}.0));
 }`;
@@ -197,6 +197,11 @@ var<immediate> params: Step;
 ${quantized ? `var<workgroup> tile: array<f32, ${32 * (d + 1)}>;\nvar<workgroup> channelScale: array<vec2f, ${d}>;` : ""}
 ${format.rotated ? "var<workgroup> norms: array<u32, 32>;" : ""}
 ${TO_HALF_WGSL}
+// Drivers may divide a unit or two off; one exact remainder makes it the correctly rounded quotient, as on a CPU.
+fn divide(a: f32, b: f32) -> f32 {
+  let q = a / b;
+  return fma(fma(-q, b, a), 1.0 / b, q);
+}
 fn flag(word: u32, slot: u32, bit: u32) {
   if (halfNotFinite(word) || halfNotFinite(word >> 16u)) { atomicOr(&status[slot], bit); }
 }

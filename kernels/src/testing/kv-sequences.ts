@@ -4,6 +4,7 @@
  */
 import { readBuffer, submitPass } from "../buffers.ts";
 import type { Gpu } from "../device.ts";
+import { halfToFloat } from "../half.ts";
 import { attentionReference, ropeReference, throughHalf } from "../kv-attention.reference.ts";
 import { createKvKernels, type KvKernelOptions, type KvKernels, type KvLayer } from "../kv-kernels.ts";
 import { pageBytes } from "../kv-layout.ts";
@@ -202,8 +203,28 @@ export class KvSequences {
     return new Uint8Array(await readBuffer(this.gpu, this.pages.buffer, this.page(slot, block) * bytes, bytes));
   }
 
-  /** f64 attention of a row: sealed pages as the GPU wrote them, the window in f16. [heads * headDim] */
-  async reference(row: KvRow): Promise<Float64Array> {
+  /** The f16 tokens of a row's window as the GPU wrote them: from the rows of the last prefill, or from the residual. */
+  async #window({ slot, position }: KvRow, chunkRow: number | undefined): Promise<KvPageValues[]> {
+    const { kvHeads, headDim, residualTokens } = this.setup.shape;
+    const row = kvHeads * headDim;
+    const first = position - this.#frontier(position);
+    const halves = new Uint16Array(await (chunkRow === undefined ? this.residual : this.chunkKv).read());
+    return Array.from({ length: first + 1 }, (_, i) => {
+      const plane = (at: number) => Float32Array.from(halves.subarray(at * row, (at + 1) * row), halfToFloat);
+      if (chunkRow !== undefined) {
+        const at = (chunkRow - first + i) * 2;
+        return { keys: plane(at), values: plane(at + 1) };
+      }
+      const at = slot * 2 * residualTokens + i;
+      return { keys: plane(at), values: plane(at + residualTokens) };
+    });
+  }
+
+  /**
+   * f64 attention of a row over what the GPU stored: sealed pages and f16 window. [heads * headDim]
+   * @param chunkRow the row's index in the prefill that was the last to run; undefined for a decode row.
+   */
+  async reference(row: KvRow, chunkRow?: number): Promise<Float64Array> {
     const { heads, shape, format } = this.setup;
     const { headDim, kvHeads, blockTokens } = shape;
     const frontier = this.#frontier(row.position);
@@ -211,9 +232,7 @@ export class KvSequences {
     for (let block = 0; block < frontier / blockTokens; block++) {
       sealed.push(decodePage(format, shape, await this.pageContent(row.slot, block)));
     }
-    const window = Array.from({ length: row.position - frontier + 1 }, (_, i) =>
-      this.halfKv({ slot: row.slot, position: frontier + i }),
-    );
+    const window = await this.#window(row, chunkRow);
     const output = new Float64Array(heads * headDim);
     const values = this.rowValues(row);
     for (let head = 0; head < heads; head++) {
