@@ -1,5 +1,5 @@
 /** The reference pages say what the code does: compared, not trusted. */
-import { readFileSync } from "node:fs";
+import { readdirSync, readFileSync } from "node:fs";
 import { errorCatalogue } from "@kivimesh/proto";
 import type { Command, Option } from "commander";
 import { describe, expect, it } from "vitest";
@@ -57,5 +57,18 @@ describe("the reference pages", () => {
   it("docs/cli.md tells of every command", () => {
     const text = page("cli.md");
     for (const { name } of leaves(program)) expect(text).toContain(`\n## kivimesh ${name}\n`);
+  });
+
+  it("docs/architecture.md names files that exist", () => {
+    const names = [...page("architecture.md").matchAll(/`((?:[\w-]+\/)*[\w-]+\.ts)`/g)].map((match) => match[1] ?? "");
+    const root = new URL("../../", import.meta.url);
+    const sources = ["proto", "kernels", "worker", "cachestore", "gateway", "cli"].flatMap((name) =>
+      readdirSync(new URL(`${name}/src`, root), { recursive: true, encoding: "utf8" }).map(
+        (file) => `${name}/src/${file}`,
+      ),
+    );
+    expect(names.length).toBeGreaterThan(20);
+    const unknown = names.filter((name) => !sources.some((file) => file === name || file.endsWith(`/${name}`)));
+    expect(unknown).toEqual([]);
   });
 });
