@@ -31,8 +31,8 @@ export interface GenerationRequest {
   readonly clientRequestId: string;
 }
 
-export const maxStopStrings = 4;
-export const maxStopCharacters = 256;
+const maxStopStrings = 4;
+const maxStopCharacters = 256;
 const maxUint32 = 0xffff_ffff;
 
 const temperatureRange = "must be a number from 0 to 2";

@@ -70,7 +70,7 @@ export class OpenAiAnswer {
 }
 
 /** OpenAI's usage object, with where the prompt's KV came from under `kivimesh`. */
-export function openAiUsage(usage: Usage) {
+function openAiUsage(usage: Usage) {
   const { kivimesh } = usage;
   const source = kivimesh?.promptTokensBySource;
   return {

@@ -7,7 +7,7 @@ const chatml =
   "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
 
 /** GPT-2's characters for the 256 bytes, in byte order. */
-export function byteCharacters(): string[] {
+function byteCharacters(): string[] {
   const printable = (byte: number) =>
     (byte >= 33 && byte <= 126) || (byte >= 161 && byte <= 172) || (byte >= 174 && byte <= 255);
   let next = 256;
