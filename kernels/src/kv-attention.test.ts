@@ -1,6 +1,6 @@
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { type Gpu, openGpu } from "./device.ts";
-import type { LanePlan } from "./kv-attention.wgsl.ts";
+import type { LanePlan } from "./kv-attention-template.ts";
 import { kvFormat } from "./kv-format.ts";
 import { assertClose, assertSameBits } from "./testing/comparison.ts";
 import { type KvRow, KvSequences, type KvSetup } from "./testing/kv-sequences.ts";

@@ -8,14 +8,8 @@ import { createStorage, uploadStorage } from "./buffers.ts";
 import type { Gpu } from "./device.ts";
 import type { Kernel } from "./kernel.ts";
 import { cachedKernel } from "./kernel-cache.ts";
-import {
-  type AttentionTemplate,
-  type LanePlan,
-  mergeAttentionWgsl,
-  prefillAttentionWgsl,
-  SPLIT_TOKENS,
-  splitAttentionWgsl,
-} from "./kv-attention.wgsl.ts";
+import { mergeAttentionWgsl, prefillAttentionWgsl, splitAttentionWgsl } from "./kv-attention.wgsl.ts";
+import { type AttentionTemplate, type LanePlan, SPLIT_TOKENS } from "./kv-attention-template.ts";
 import { type KvFormat, type KvShape, validateKv } from "./kv-format.ts";
 import { kvSealWgsl } from "./kv-seal.wgsl.ts";
 import {
