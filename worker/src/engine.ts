@@ -1,5 +1,6 @@
 import { ClusterError, toClusterError } from "@kivimesh/proto";
 import { AttemptRegistry } from "./attempt-registry.ts";
+import { BlockReads } from "./block-reads.ts";
 import type { BlockTransfer, SealedBlock } from "./block-transfer.ts";
 import type { Numerics } from "./config.ts";
 import { EngineCounters } from "./engine-counters.ts";
@@ -13,16 +14,11 @@ import { checkRequest } from "./request-check.ts";
 import { planStep, type SchedulerLimits, sealedPages } from "./scheduler.ts";
 import { Sequence, sequenceId } from "./sequence.ts";
 import { SequenceTable } from "./sequence-table.ts";
+import { stepTimeoutMs, within } from "./step-timeout.ts";
 import { WakeSignal } from "./wake-signal.ts";
-
-/** Blocks read back for others between two steps, at most: a reader must not stall the sequences. */
-const readsPerStep = 4;
 
 /** How long an engine that cannot run a step waits for pages or blocks before it looks again, in milliseconds. */
 const stalledMs = 20;
-
-/** A step that takes longer hangs: the GPU is given up, in milliseconds. */
-const stepTimeoutMs = 120_000;
 
 export interface EngineOptions {
   readonly runner: ModelRunner;
@@ -41,12 +37,6 @@ export interface EngineOptions {
   /** The GPU or the runner failed: every sequence has failed, and nothing runs any more. */
   readonly onFailure?: (error: Error) => void;
   readonly transfer?: BlockTransfer;
-}
-
-interface BlockRead {
-  readonly id: string;
-  readonly resolve: (payload: Uint8Array | undefined) => void;
-  readonly reject: (error: unknown) => void;
 }
 
 /**
@@ -68,9 +58,6 @@ export class Engine {
   readonly #intake: PrefixIntake | undefined;
   readonly #counters = new EngineCounters();
   readonly #loop: Promise<void>;
-  #reads: BlockRead[] = [];
-  /** Page that is being read back. */
-  #reading: number[] = [];
   #events: GenerationEvent[] = [];
   #arrivals = 0;
   #stepsSincePrefill = 0;
@@ -78,6 +65,7 @@ export class Engine {
   #closed = false;
   #failure: Error | undefined;
   readonly #signal = new WakeSignal();
+  readonly #reads: BlockReads;
 
   /** @throws ClusterError INVALID_ARGUMENT where the prefill budget does not hold one window. */
   constructor(options: EngineOptions) {
@@ -101,6 +89,7 @@ export class Engine {
     // Sealed windows, and one in the residual that never has to be sealed.
     this.#capacityTokens = sealedPages(pages * kv.blockTokens, kv) * kv.blockTokens + kv.residualTokens - 1;
     this.#pool = new PagePool(limits.numPages);
+    this.#reads = new BlockReads(this.#pool, options.runner);
     this.#table = new SequenceTable(this.#pool, kv, limits.maxSequences);
     if (options.transfer !== undefined) {
       this.#intake = new PrefixIntake({
@@ -161,11 +150,10 @@ export class Engine {
 
   /** The payload of a block in the prefix index, or undefined; read between steps. */
   readBlock(id: string): Promise<Uint8Array | undefined> {
-    return new Promise((resolve, reject) => {
-      if (this.#closed) return resolve(undefined);
-      this.#reads.push({ id, resolve, reject });
-      this.#signal.wake();
-    });
+    if (this.#closed) return Promise.resolve(undefined);
+    const payload = this.#reads.add(id);
+    this.#signal.wake();
+    return payload;
   }
 
   /** Ids of all blocks in the prefix index. */
@@ -192,7 +180,7 @@ export class Engine {
 
   /** Everything that is wrong between pool, sequences and slots; empty if nothing is. */
   checkIntegrity(): string[] {
-    const held = [...this.#table.heldPages(), ...this.#reading];
+    const held = [...this.#table.heldPages(), ...this.#reads.held];
     return [...this.#pool.checkIntegrity(held), ...this.#table.checkIntegrity()];
   }
 
@@ -209,7 +197,7 @@ export class Engine {
       while (!this.#closed) {
         this.#intake?.settle();
         this.#endWhatMustEnd();
-        await this.#serveReads();
+        await this.#reads.serve(this.#table.running.length > 0);
         this.#examineQueued();
         const planned = planStep({
           limits: this.#limits,
@@ -231,7 +219,7 @@ export class Engine {
     } catch (error) {
       this.#fail(error instanceof Error ? error : new Error(String(error)));
     }
-    for (const read of this.#reads.splice(0)) read.resolve(undefined);
+    this.#reads.close();
     this.#report();
   }
 
@@ -327,26 +315,6 @@ export class Engine {
     }
   }
 
-  async #serveReads(): Promise<void> {
-    const idle = this.#table.running.length === 0;
-    for (const read of this.#reads.splice(0, idle ? this.#reads.length : readsPerStep)) {
-      const page = this.#pool.acquire(read.id);
-      if (page === undefined) {
-        read.resolve(undefined);
-        continue;
-      }
-      this.#reading = [page];
-      try {
-        read.resolve(await this.runner.readBlock(page));
-      } catch (error) {
-        read.reject(error);
-      } finally {
-        this.#reading = [];
-        this.#pool.release([page]);
-      }
-    }
-  }
-
   #abortOlder(requestId: string, epoch: number): void {
     for (const sequence of this.#table.all) {
       const { request } = sequence;
@@ -403,18 +371,5 @@ export class Engine {
     const change = this.#pool.takeChanges();
     if (change.added.length + change.removed.length > 0) this.#options.onPrefixChange?.(change);
     this.#options.onStats?.();
-  }
-}
-
-async function within<T>(step: Promise<T>, timeoutMs: number): Promise<T> {
-  let timer: NodeJS.Timeout | undefined;
-  const timeout = new Promise<never>((_, reject) => {
-    const lost = new ClusterError("DEVICE_LOST", `a step did not end within ${timeoutMs} ms`);
-    timer = setTimeout(reject, timeoutMs, lost);
-  });
-  try {
-    return await Promise.race([step, timeout]);
-  } finally {
-    clearTimeout(timer);
   }
 }
