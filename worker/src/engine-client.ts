@@ -21,7 +21,7 @@ import type { PrefixIndexChange } from "./page-pool.ts";
 const statsTimeoutMs = 1_000;
 
 /** How long a closing engine may finish its step before its thread is ended, in milliseconds. */
-const closeTimeoutMs = 15_000;
+const closeTimeoutMs = 30_000;
 
 /** What an engine thread tells; set before anything is submitted. */
 export interface EngineListeners {
