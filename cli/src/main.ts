@@ -59,6 +59,10 @@ function report(error: unknown, output: Output): number {
     return error.code === "INVALID_ARGUMENT" ? EXIT.usage : EXIT.failure;
   }
   const { code } = error as NodeJS.ErrnoException;
+  if (code === "EADDRINUSE") {
+    output.notice(`${(error as Error).message}; choose another port (--help names the options)`);
+    return EXIT.failure;
+  }
   const expected = error instanceof SetupError || error instanceof RangeError || typeof code === "string";
   output.notice(error instanceof Error ? ((expected ? error.message : error.stack) ?? error.message) : String(error));
   return EXIT.failure;
