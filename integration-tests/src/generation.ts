@@ -28,6 +28,8 @@ export async function generate(gateway: GatewayHandle, prompt: string, options: 
     sampling: { temperature: 0 },
     maxTokens: options.maxTokens ?? 16,
     returnFirstLogits: true,
+    // A prompt whose greedy answer is empty would make every comparison of answers trivially true.
+    ignoreEos: true,
     workerId: options.workerId ?? "",
   });
   let text = "";
@@ -43,6 +45,7 @@ export async function generate(gateway: GatewayHandle, prompt: string, options: 
     } else if (message.event.case === "finish") {
       const { reason, usage } = message.event.value;
       if (usage === undefined) throw new Error("finish without usage");
+      if (firstLogits.length === 0 || text === "") throw new Error("an answer without text or logits compares nothing");
       return { requestId: message.requestId, text, tokenIds, firstLogits, reason, usage };
     }
   }

@@ -91,7 +91,6 @@ describe("prefix reuse between workers", () => {
     await empty.worker("b", emptyStore.address);
     const miss = await generate(await empty.gateway(), question, { workerId: "b" });
     expect(miss.usage.cachedTokens).toBe(0);
-    expect(miss.firstLogits.length).toBeGreaterThan(0);
     expectSameAnswer(reused, miss);
   });
 
