@@ -53,7 +53,7 @@ function startEngine({ model, options }: EngineParts, transfer: BlockTransfer): 
   const report = () => {
     timer = undefined;
     reported = performance.now();
-    send({ type: "stats", stats: engine.stats() });
+    send({ type: "stats", stats: engine.stats(engine.idle) });
   };
   const engine = new Engine({
     ...options,

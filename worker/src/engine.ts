@@ -60,6 +60,7 @@ export class Engine {
   readonly #loop: Promise<void>;
   #events: GenerationEvent[] = [];
   #arrivals = 0;
+  #violations: readonly string[] = [];
   #stepsSincePrefill = 0;
   #draining = false;
   #closed = false;
@@ -161,7 +162,14 @@ export class Engine {
     return this.#pool.indexedIds();
   }
 
-  stats(): EngineStats {
+  /** Nothing runs or waits. */
+  get idle(): boolean {
+    return this.#table.all.length === 0;
+  }
+
+  /** @param check whether to check the pool's integrity now, which takes time with its size, or to repeat the last result. */
+  stats(check = true): EngineStats {
+    if (check) this.#violations = this.checkIntegrity();
     const waiting = this.#table.waiting;
     return {
       running: this.#table.running.length,
@@ -172,7 +180,7 @@ export class Engine {
       referencedPages: this.#pool.referenced,
       indexedBlocks: this.#pool.indexed,
       evictedPages: this.#pool.evictions,
-      integrityViolations: this.checkIntegrity(),
+      integrityViolations: this.#violations,
       memory: this.runner.memory(),
       ...this.#counters.snapshot(),
     };

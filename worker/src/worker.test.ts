@@ -29,7 +29,7 @@ const engine = {
   residualTokens: 32,
   maxSequences: 4,
   maxPrefillRows: 64,
-  maxContextTokens: 512,
+  maxContextTokens: 2048,
   logLevel: "fatal",
 };
 
@@ -172,7 +172,7 @@ describe("two workers, a cachestore and a queue", () => {
   it("announces itself with its model", async () => {
     expect((await membership.list("worker")).map(({ id }) => id)).toEqual(["a", "b"]);
     const model = await toA.client.getModel({});
-    expect(model).toMatchObject({ workerId: "a", kvFormat: "kivi2r", blockTokens: 32, contextTokens: 512 });
+    expect(model).toMatchObject({ workerId: "a", kvFormat: "kivi2r", blockTokens: 32, contextTokens: 2048 });
     expect(JSON.parse(model.tokenizerJson)).toHaveProperty("model");
     expect(toA.loads).toBeGreaterThan(0);
   });
@@ -244,14 +244,16 @@ describe("two workers, a cachestore and a queue", () => {
 
   it("aborts the requests of a gateway that does not come back, and discards its queued jobs", async () => {
     const gone = new GatewayEnd(a, queues, "gateway-2");
+    const before = (await a.stats()).decodeTokens;
     await gone.subscribed;
     let seen = 0;
-    void gone.run(gone.job({ requestId: "orphan", tokens: prompt(40, 4), maxTokens: 450 }), () => {
+    void gone.run(gone.job({ requestId: "orphan", tokens: prompt(40, 4), maxTokens: 2000 }), () => {
       if (++seen === 2) gone.close();
     });
     await expect.poll(() => seen, { timeout: 10_000 }).toBeGreaterThanOrEqual(2);
     await queues.enqueue("a", gone.job({ requestId: "nobody", tokens: prompt(40, 5) }));
     await expect.poll(() => a.stats(), { timeout: 10_000 }).toMatchObject({ running: 0, waiting: 0 });
+    expect((await a.stats()).decodeTokens - before).toBeLessThan(1990);
     await expectNothingHeld(toA);
   });
 
@@ -259,6 +261,7 @@ describe("two workers, a cachestore and a queue", () => {
     const text = await (await fetch(a.metricsUrl!)).text();
     expect(text).toMatch(/^kivimesh_kv_published_blocks_total\{worker="a"\} [1-9]/m);
     expect(text).toMatch(/^kivimesh_prompt_tokens_total\{source="computed",worker="a"\} [1-9]/m);
+    expect(text).toMatch(/^kivimesh_worker_discarded_jobs_total\{worker="a"\} 1$/m);
     expect(text).toMatch(/^vllm:num_requests_running\{model_name="dummy-tiny-llama",worker="a"\} 0/m);
     expect((await fetch(a.metricsUrl!.replace("/metrics", "/readyz"))).status).toBe(200);
   });
