@@ -1,4 +1,5 @@
 /** Runs a server until it is told to end or fails, then ends it in order. */
+import { constants } from "node:os";
 import type { Output } from "./output.ts";
 
 /** A terminal and npm may both send the same Ctrl-C; a second one counts only after this. */
@@ -13,32 +14,66 @@ export interface Stoppable {
   drain(graceMs: number): Promise<void>;
 }
 
+/** The end that was asked for from outside. */
+export interface Termination {
+  readonly signal: AbortSignal;
+  /** Which one came; undefined before. */
+  signalName(): NodeJS.Signals | undefined;
+  dispose(): void;
+}
+
 /** An abort signal that SIGINT and SIGTERM raise; the second one ends the process at once. */
-export function terminationSignal(output: Output): { signal: AbortSignal; dispose(): void } {
+export function terminationSignal(output: Output): Termination {
   const controller = new AbortController();
   let firstAt = 0;
-  const onSignal = () => {
+  let name: NodeJS.Signals | undefined;
+  const onSignal = (received: NodeJS.Signals) => {
     if (firstAt === 0) {
       firstAt = Date.now();
+      name = received;
       controller.abort();
     } else if (Date.now() - firstAt > REPEATED_SIGNAL_MS) {
       output.notice("ending at once");
-      process.exit(1);
+      endBySignal(received);
     }
   };
-  for (const name of SIGNALS) process.on(name, onSignal);
+  for (const each of SIGNALS) process.on(each, onSignal);
   return {
     signal: controller.signal,
+    signalName: () => name,
     dispose() {
-      for (const name of SIGNALS) process.off(name, onSignal);
+      for (const each of SIGNALS) process.off(each, onSignal);
     },
   };
 }
 
 /** Resolves when the signal is raised; at once where it is already. */
-export function aborted(signal: AbortSignal): Promise<void> {
+function aborted(signal: AbortSignal): Promise<void> {
   if (signal.aborted) return Promise.resolve();
   return new Promise((resolve) => signal.addEventListener("abort", () => resolve(), { once: true }));
+}
+
+/**
+ * Ends the process by the signal itself. An engine thread that is opening its GPU cannot be ended in order: the driver's
+ * binding calls back into a thread that is going away, and aborts.
+ */
+function endBySignal(name: NodeJS.Signals): void {
+  process.emit("exit", 128 + constants.signals[name]);
+  process.removeAllListeners(name);
+  process.kill(process.pid, name);
+}
+
+/** Waits for `starting`; a signal that comes before it is done ends the process at once. */
+export async function startedUnlessEnded<T>(termination: Termination, starting: Promise<T>): Promise<T> {
+  let done = false;
+  void aborted(termination.signal).then(() => {
+    if (!done) endBySignal(termination.signalName() ?? "SIGTERM");
+  });
+  try {
+    return await starting;
+  } finally {
+    done = true;
+  }
 }
 
 /** Waits for `work`, but no longer than `limitMs`. @returns whether it ended. */

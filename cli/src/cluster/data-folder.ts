@@ -32,10 +32,19 @@ function ownerOf(file: string): number | undefined {
   }
 }
 
-/** A folder that goes when it is released. */
+/** A folder that goes when it is released, or when the process exits. */
 export function temporaryFolder(usedBy?: number): DataFolder {
   const path = mkdtempSync(join(tmpdir(), "kivimesh-"));
-  return { path, usedBy, release: () => rmSync(path, { recursive: true, force: true }) };
+  const remove = () => rmSync(path, { recursive: true, force: true });
+  process.once("exit", remove);
+  return {
+    path,
+    usedBy,
+    release() {
+      process.off("exit", remove);
+      remove();
+    },
+  };
 }
 
 /** Claims the folder; while another live process has it, a temporary one instead. */

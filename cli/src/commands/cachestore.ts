@@ -6,7 +6,7 @@ import { cacheFolder } from "../cache-folder.ts";
 import { redisSeams } from "../cluster/cluster-seams.ts";
 import { addListenerOptions, type ListenerOptions, listenerConfig } from "../listener-options.ts";
 import { address, bytes, option, port } from "../option-values.ts";
-import { serveUntil, terminationSignal } from "../shutdown.ts";
+import { serveUntil, startedUnlessEnded, terminationSignal } from "../shutdown.ts";
 import type { CommandContext } from "./command-context.ts";
 
 interface CachestoreOptions extends ListenerOptions {
@@ -71,18 +71,21 @@ async function cachestore(options: CachestoreOptions, { output }: CommandContext
   const seams = options.redis === undefined ? undefined : redisSeams(options.redis, options.logLevel);
   const { metricsPort, id, advertisedAddress } = options;
   try {
-    const service = await startCachestore({
-      ...(await listenerConfig(options)),
-      logLevel: options.logLevel,
-      port: options.port,
-      dataDirectory: options.dataDirectory ?? join(cacheFolder(), "cachestore"),
-      memoryBytes: options.memoryBytes,
-      diskBytes: options.diskBytes,
-      ...(metricsPort === undefined ? {} : { metricsPort }),
-      ...(id === undefined ? {} : { id }),
-      ...(advertisedAddress === undefined ? {} : { advertisedAddress }),
-      ...(seams === undefined ? {} : { membership: seams.membership }),
-    });
+    const service = await startedUnlessEnded(
+      termination,
+      startCachestore({
+        ...(await listenerConfig(options)),
+        logLevel: options.logLevel,
+        port: options.port,
+        dataDirectory: options.dataDirectory ?? join(cacheFolder(), "cachestore"),
+        memoryBytes: options.memoryBytes,
+        diskBytes: options.diskBytes,
+        ...(metricsPort === undefined ? {} : { metricsPort }),
+        ...(id === undefined ? {} : { id }),
+        ...(advertisedAddress === undefined ? {} : { advertisedAddress }),
+        ...(seams === undefined ? {} : { membership: seams.membership }),
+      }),
+    );
     output.notice(`cachestore ${service.id}: gRPC ${service.address}`);
     await serveUntil(termination.signal, service, options.drainTimeoutMs, output);
   } finally {

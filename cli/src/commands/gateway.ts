@@ -4,7 +4,7 @@ import type { Command } from "commander";
 import { redisSeams } from "../cluster/cluster-seams.ts";
 import { addListenerOptions, type ListenerOptions, listenerConfig } from "../listener-options.ts";
 import { integer, option, port } from "../option-values.ts";
-import { serveUntil, terminationSignal } from "../shutdown.ts";
+import { serveUntil, startedUnlessEnded, terminationSignal } from "../shutdown.ts";
 import type { CommandContext } from "./command-context.ts";
 
 interface GatewayOptions extends ListenerOptions {
@@ -48,19 +48,22 @@ async function gateway(options: GatewayOptions, { output }: CommandContext): Pro
   const seams = redisSeams(options.redis, options.logLevel);
   const { id, clusterSecret, maxRequests, maxQueuedJobs } = options;
   try {
-    const server = await startGateway(
-      {
-        ...(await listenerConfig(options)),
-        httpPort: options.httpPort,
-        grpcPort: options.grpcPort,
-        ...(id === undefined ? {} : { id }),
-        ...(clusterSecret === undefined ? {} : { clusterSecret }),
-        limits: {
-          ...(maxRequests === undefined ? {} : { maxRequests }),
-          ...(maxQueuedJobs === undefined ? {} : { maxQueuedJobs }),
+    const server = await startedUnlessEnded(
+      termination,
+      startGateway(
+        {
+          ...(await listenerConfig(options)),
+          httpPort: options.httpPort,
+          grpcPort: options.grpcPort,
+          ...(id === undefined ? {} : { id }),
+          ...(clusterSecret === undefined ? {} : { clusterSecret }),
+          limits: {
+            ...(maxRequests === undefined ? {} : { maxRequests }),
+            ...(maxQueuedJobs === undefined ? {} : { maxQueuedJobs }),
+          },
         },
-      },
-      seams,
+        seams,
+      ),
     );
     output.notice(`gateway ${server.id}: ${server.httpUrl}, gRPC ${server.grpcAddress}`);
     await serveUntil(termination.signal, server, options.drainTimeoutMs, output);

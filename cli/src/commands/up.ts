@@ -15,7 +15,7 @@ import {
 import { addListenerOptions, type ListenerOptions, listenerConfig } from "../listener-options.ts";
 import { bytes, integer, option, port } from "../option-values.ts";
 import { formatReport, type GenerateInit, promptReport, streamAnswer } from "../report.ts";
-import { serveUntil, terminationSignal } from "../shutdown.ts";
+import { serveUntil, startedUnlessEnded, terminationSignal } from "../shutdown.ts";
 import { UsageError } from "../usage-error.ts";
 import type { CommandContext } from "./command-context.ts";
 
@@ -152,7 +152,7 @@ async function up(options: UpOptions, context: CommandContext): Promise<void> {
   const termination = terminationSignal(output);
   const started = Date.now();
   output.notice(`starting ${options.workers} worker${options.workers === 1 ? "" : "s"}, cachestore and gateway ...`);
-  const cluster = await startCluster(options, context);
+  const cluster = await startedUnlessEnded(termination, startCluster(options, context));
   output.notice(`ready after ${((Date.now() - started) / 1000).toFixed(1)} s on ${cluster.workers[0]?.model.device}`);
   try {
     await firstPromptUntil(cluster, options, context, termination.signal);

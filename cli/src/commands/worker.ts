@@ -13,7 +13,7 @@ import {
 } from "../common-options.ts";
 import { addListenerOptions, type ListenerOptions, listenerConfig } from "../listener-options.ts";
 import { address, option, port } from "../option-values.ts";
-import { serveUntil, terminationSignal } from "../shutdown.ts";
+import { serveUntil, startedUnlessEnded, terminationSignal } from "../shutdown.ts";
 import type { CommandContext } from "./command-context.ts";
 
 interface WorkerOptions extends ModelOptions, EngineOptions, ListenerOptions {
@@ -62,17 +62,20 @@ async function worker(options: WorkerOptions, { output }: CommandContext): Promi
   const model = await modelConfig(options);
   const seams = redisSeams(options.redis, options.logLevel);
   try {
-    const service = await startWorker(
-      {
-        ...engineConfig(options),
-        ...model,
-        ...(await listenerConfig(options)),
-        id: options.id,
-        port: options.port,
-        cachestoreAddress: options.cachestore,
-        metricsPort: options.metricsPort,
-      },
-      seams,
+    const service = await startedUnlessEnded(
+      termination,
+      startWorker(
+        {
+          ...engineConfig(options),
+          ...model,
+          ...(await listenerConfig(options)),
+          id: options.id,
+          port: options.port,
+          cachestoreAddress: options.cachestore,
+          metricsPort: options.metricsPort,
+        },
+        seams,
+      ),
     );
     output.notice(`worker ${service.id}: ${service.model.name} on ${service.model.device}, gRPC ${service.address}`);
     await serveUntil(termination.signal, service, options.drainTimeoutMs, output);
