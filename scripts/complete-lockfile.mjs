@@ -23,8 +23,18 @@ for (const entry of Object.values(lock.packages)) {
     const os = SYSTEMS.filter((system) => parts.includes(system));
     const cpu = PROCESSORS.filter((processor) => parts.includes(processor));
     if (os.length === 0 && cpu.length === 0) continue;
-    const libc = os.includes("linux") ? (parts.includes("musl") || parts.includes("musleabihf") ? ["musl"] : undefined) : undefined;
-    lock.packages[path] = { version, ...(cpu.length > 0 ? { cpu } : {}), ...(libc ? { libc } : {}), optional: true, ...(os.length > 0 ? { os } : {}) };
+    const libc = os.includes("linux")
+      ? parts.includes("musl") || parts.includes("musleabihf")
+        ? ["musl"]
+        : undefined
+      : undefined;
+    lock.packages[path] = {
+      version,
+      ...(cpu.length > 0 ? { cpu } : {}),
+      ...(libc ? { libc } : {}),
+      optional: true,
+      ...(os.length > 0 ? { os } : {}),
+    };
     if (entry.dev) lock.packages[path].dev = true;
     added += 1;
   }
