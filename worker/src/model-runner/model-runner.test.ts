@@ -201,3 +201,12 @@ test("a lost device is named, at once and from then on", async () => {
   await expect(lost.step(plan)).rejects.toMatchObject({ code: "DEVICE_LOST" });
   await lost.close();
 });
+
+test("a context shorter than a residual window opens and answers", async () => {
+  for (const maxContextTokens of [20, 32, 50]) {
+    const short = await openModelRunner({ model: dummyModel("tiny-llama"), gpu, ...KV, maxContextTokens });
+    const { logits } = await prefill(short, promptTokens(20, VOCABULARY, 5), 0, []);
+    expect(logits.every(Number.isFinite)).toBe(true);
+    await short.close();
+  }
+});

@@ -9,13 +9,21 @@ export async function warmUp(runner: ModelRunner): Promise<void> {
   const { residualTokens: window, blockTokens } = runner.kv;
   const { maxContextTokens, maxSequences, numPages } = runner.limits;
   const blocks = window / blockTokens;
-  const first = Array.from({ length: blocks }, (_, page) => page);
+  const full = maxContextTokens >= window && numPages >= blocks;
+  const first = Array.from({ length: full ? blocks : 0 }, (_, page) => page);
   // A full window is prefilled and sealed; a second one is completed, and sealed, by a decode row.
+  const tokens = new Uint32Array(full ? window : Math.min(window - 1, maxContextTokens));
   await runner.step({
-    prefill: [{ slot: 0, tokens: new Uint32Array(window), position: 0, pageTable: first, sample: SAMPLED }],
+    prefill: [{ slot: 0, tokens, position: 0, pageTable: first, sample: SAMPLED }],
     decode: [],
   });
-  if (maxContextTokens < 2 * window || numPages < 2 * blocks) return;
+  if (maxContextTokens < 2 * window || numPages < 2 * blocks) {
+    await runner.step({
+      prefill: [],
+      decode: [{ slot: 0, token: 0, position: 0, pageTable: [], sample: GREEDY }],
+    });
+    return;
+  }
   const both = Array.from({ length: 2 * blocks }, (_, page) => page);
   const decode = { token: 0, position: 2 * window - 1, pageTable: both, sample: GREEDY };
   await runner.step({ prefill: [], decode: [{ ...decode, slot: 0 }] });
