@@ -5,7 +5,7 @@
 import { bootstrap } from "./setup/bootstrap.mjs";
 import { fail } from "./setup/progress.mjs";
 
-const FIRST_PROMPT = "Explain in a few sentences how a rainbow forms.";
+const FIRST_PROMPT = "Explain step by step how a rainbow forms, and why its colours always appear in the same order.";
 
 try {
   await bootstrap();

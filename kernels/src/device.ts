@@ -74,6 +74,12 @@ function isSoftware(info: GPUAdapterInfo): boolean {
   return /llvmpipe|lavapipe|swiftshader/i.test(`${info.device} ${info.description} ${info.architecture} ${info.vendor}`);
 }
 
+/** Software drivers describe themselves; a GPU's description names only its driver, so the device goes before it. */
+function adapterName(info: GPUAdapterInfo, profile: DeviceProfile): string {
+  const parts = profile === "hardware" ? [info.device, info.description] : [info.description || info.device];
+  return parts.filter((part) => part !== "").join(", ") || info.vendor;
+}
+
 function requiredLimits(adapter: GPUAdapter): Record<string, number> {
   const limits = adapter.limits as unknown as Record<string, number | undefined>;
   const required: Record<string, number> = {};
@@ -108,7 +114,7 @@ export async function openGpu(options: OpenGpuOptions = {}): Promise<Gpu> {
   const info = adapter.info as GPUAdapterInfo & { subgroupMaxSize?: number };
   return {
     device,
-    name: info.description || info.device || info.vendor,
+    name: adapterName(info, profile),
     profile,
     features: {
       shaderF16: offered.has("shader-f16"),
