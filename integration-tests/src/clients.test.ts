@@ -46,14 +46,23 @@ describe("clients of others", () => {
     }
     expect(text).toContain("Paris");
     expect(usage?.prompt_tokens_details?.cached_tokens).toBe(0);
-    expect(usage).toMatchObject({ kivimesh: { worker: "c", promptTokensBySource: { computed: usage?.prompt_tokens } } });
+    expect(usage).toMatchObject({
+      kivimesh: { worker: "c", promptTokensBySource: { computed: usage?.prompt_tokens } },
+    });
   });
 
   it("generates for a Python client made from our .proto files", async () => {
     const stubs = await mkdtemp(join(tmpdir(), "kivimesh-python-"));
     const protos = fileURLToPath(new URL("../../proto", import.meta.url));
     const files = ["inference", "usage"].map((name) => join(protos, "kivimesh/v1", `${name}.proto`));
-    await run(PYTHON, ["-m", "grpc_tools.protoc", `-I${protos}`, `--python_out=${stubs}`, `--grpc_python_out=${stubs}`, ...files]);
+    await run(PYTHON, [
+      "-m",
+      "grpc_tools.protoc",
+      `-I${protos}`,
+      `--python_out=${stubs}`,
+      `--grpc_python_out=${stubs}`,
+      ...files,
+    ]);
     const script = fileURLToPath(new URL("../python/generate.py", import.meta.url));
     const { stdout } = await run(PYTHON, [script, stubs, gateway.grpcAddress, "The capital of France is"]);
     const answer = JSON.parse(stdout) as { text: string; promptTokens: number; worker: string };

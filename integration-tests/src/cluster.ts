@@ -29,7 +29,11 @@ export async function freePort(): Promise<number> {
 }
 
 /** Polls `condition` until it holds. @throws after `timeoutMs`, naming what was waited for. */
-export async function until(what: string, condition: () => Promise<boolean> | boolean, timeoutMs = 60_000): Promise<void> {
+export async function until(
+  what: string,
+  condition: () => Promise<boolean> | boolean,
+  timeoutMs = 60_000,
+): Promise<void> {
   const deadline = Date.now() + timeoutMs;
   for (;;) {
     if (await condition()) return;
@@ -146,7 +150,11 @@ export class Cluster implements AsyncDisposable {
     return { process, address, dataDirectory, rpc: this.client(Cachestore, address) };
   }
 
-  async worker(id: string, cachestoreAddress: string | undefined, extra: readonly string[] = []): Promise<WorkerHandle> {
+  async worker(
+    id: string,
+    cachestoreAddress: string | undefined,
+    extra: readonly string[] = [],
+  ): Promise<WorkerHandle> {
     const port = await freePort();
     const metricsPort = await freePort();
     const process = this.run(`worker ${id}`, [

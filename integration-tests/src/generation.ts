@@ -22,7 +22,11 @@ export interface GenerationOptions {
 }
 
 /** Greedy generation from a plain prompt, first-token logits included. */
-export async function generate(gateway: GatewayHandle, prompt: string, options: GenerationOptions = {}): Promise<Generation> {
+export async function generate(
+  gateway: GatewayHandle,
+  prompt: string,
+  options: GenerationOptions = {},
+): Promise<Generation> {
   const request = create(GenerateRequestSchema, {
     input: { case: "prompt", value: prompt },
     sampling: { temperature: 0 },
@@ -35,7 +39,10 @@ export async function generate(gateway: GatewayHandle, prompt: string, options: 
   let text = "";
   let firstLogits = new Uint8Array();
   const tokenIds: number[] = [];
-  for await (const message of gateway.rpc.generate(request, options.signal === undefined ? {} : { signal: options.signal })) {
+  for await (const message of gateway.rpc.generate(
+    request,
+    options.signal === undefined ? {} : { signal: options.signal },
+  )) {
     if (message.event.case === "delta") {
       const { value } = message.event;
       text += value.text;

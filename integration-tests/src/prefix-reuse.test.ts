@@ -98,7 +98,9 @@ describe("prefix reuse between workers", () => {
     const alone = await generate(gateway, englishPrompt(50, 150), { workerId: "a", maxTokens: 24 });
     const [inBatch] = await Promise.all([
       generate(gateway, englishPrompt(50, 150), { workerId: "a", maxTokens: 24 }),
-      ...[51, 52, 53].map((seed) => generate(gateway, englishPrompt(seed, 40 * (seed - 50)), { workerId: "a", maxTokens: 32 })),
+      ...[51, 52, 53].map((seed) =>
+        generate(gateway, englishPrompt(seed, 40 * (seed - 50)), { workerId: "a", maxTokens: 32 }),
+      ),
     ]);
     expectSameAnswer(inBatch as Generation, alone);
   });

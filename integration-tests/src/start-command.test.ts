@@ -1,11 +1,10 @@
 /** `npm start` as its user sees it: the report, and Ctrl-C in the middle of a stream. */
 import { execFile } from "node:child_process";
-import { readFile } from "node:fs/promises";
+import { mkdtemp, readFile } from "node:fs/promises";
+import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
-import { mkdtemp } from "node:fs/promises";
-import { tmpdir } from "node:os";
 import { describe, expect, it } from "vitest";
 import { ClusterProcess, freePort, until } from "./cluster.ts";
 
@@ -17,11 +16,19 @@ describe("npm start", () => {
   it("answers a first prompt, writes the report and exits with --once", async () => {
     const directory = await mkdtemp(join(tmpdir(), "kivimesh-start-"));
     const file = join(directory, "report.json");
-    const { stdout } = await run(process.execPath, [START, "--once", "--prompt", "What is the capital of France?", "--report", file], { cwd: ROOT });
+    const { stdout } = await run(
+      process.execPath,
+      [START, "--once", "--prompt", "What is the capital of France?", "--report", file],
+      { cwd: ROOT },
+    );
     const report = JSON.parse(await readFile(file, "utf8"));
     expect(report.text).toContain("Paris");
     expect(stdout).toContain("Paris");
-    expect(report).toMatchObject({ model: "smollm2-135m-instruct", kvFormat: "kivi2r", prompt: "What is the capital of France?" });
+    expect(report).toMatchObject({
+      model: "smollm2-135m-instruct",
+      kvFormat: "kivi2r",
+      prompt: "What is the capital of France?",
+    });
     expect(report.outputTokens).toBeGreaterThan(0);
     expect(report.ttftSeconds).toBeGreaterThan(0);
     expect(report.kv.f16Bytes).toBeGreaterThan(0);
@@ -37,10 +44,14 @@ describe("npm start", () => {
       ...["--prompt", "Write a long story about a lighthouse."],
     ]);
     try {
-      await until("a running stream", async () => {
-        const response = await fetch(`http://127.0.0.1:${httpPort}/metrics`).catch(() => undefined);
-        return /^kivimesh_gateway_requests_running(?:\{[^}]*\})? [1-9]/m.test((await response?.text()) ?? "");
-      }, 120_000);
+      await until(
+        "a running stream",
+        async () => {
+          const response = await fetch(`http://127.0.0.1:${httpPort}/metrics`).catch(() => undefined);
+          return /^kivimesh_gateway_requests_running(?:\{[^}]*\})? [1-9]/m.test((await response?.text()) ?? "");
+        },
+        120_000,
+      );
       const children = await descendants(start.child.pid ?? 0);
       const asked = Date.now();
       expect(await start.stop("SIGINT"), start.output).toBe(0);
@@ -54,7 +65,10 @@ describe("npm start", () => {
 
 async function descendants(pid: number): Promise<number[]> {
   const { stdout } = await run("ps", ["-eo", "pid=,ppid="]);
-  const pairs = stdout.trim().split("\n").map((line) => line.trim().split(/\s+/).map(Number) as [number, number]);
+  const pairs = stdout
+    .trim()
+    .split("\n")
+    .map((line) => line.trim().split(/\s+/).map(Number) as [number, number]);
   const found: number[] = [];
   for (let frontier = [pid]; frontier.length > 0; ) {
     frontier = pairs.filter(([, parent]) => frontier.includes(parent)).map(([child]) => child);

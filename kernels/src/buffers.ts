@@ -25,7 +25,12 @@ export function uploadStorage(gpu: Gpu, label: string, data: ArrayBufferView): G
 }
 
 /** Copies `size` bytes at `offset` back to the host. For tests and rare reads: makes a staging buffer each time. */
-export async function readBuffer(gpu: Gpu, buffer: GPUBuffer, offset = 0, size = buffer.size - offset): Promise<ArrayBuffer> {
+export async function readBuffer(
+  gpu: Gpu,
+  buffer: GPUBuffer,
+  offset = 0,
+  size = buffer.size - offset,
+): Promise<ArrayBuffer> {
   const staging = gpu.device.createBuffer({ size, usage: GPUBufferUsage.MAP_READ | GPUBufferUsage.COPY_DST });
   const encoder = gpu.device.createCommandEncoder();
   encoder.copyBufferToBuffer(buffer, offset, staging, 0, size);

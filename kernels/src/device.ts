@@ -71,7 +71,9 @@ function createInstance(unchecked: boolean, adapter?: string): GPU {
 }
 
 function isSoftware(info: GPUAdapterInfo): boolean {
-  return /llvmpipe|lavapipe|swiftshader/i.test(`${info.device} ${info.description} ${info.architecture} ${info.vendor}`);
+  return /llvmpipe|lavapipe|swiftshader/i.test(
+    `${info.device} ${info.description} ${info.architecture} ${info.vendor}`,
+  );
 }
 
 /** Software drivers describe themselves; a GPU's description names only its driver, so the device goes before it. */

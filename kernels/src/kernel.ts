@@ -28,7 +28,11 @@ export interface KernelDescriptor {
 /** A bound kernel: encode it as often as wanted; nothing is created. */
 export interface BoundKernel {
   /** @param immediates 32-bit words; the kernel's whole immediate block. @param grid workgroups in x, y, z. */
-  encode(pass: GPUComputePassEncoder, immediates: Uint32Array | undefined, grid: readonly [number, number?, number?]): void;
+  encode(
+    pass: GPUComputePassEncoder,
+    immediates: Uint32Array | undefined,
+    grid: readonly [number, number?, number?],
+  ): void;
 }
 
 export interface Kernel {
@@ -46,7 +50,8 @@ export class KernelCompileError extends Error {
 export async function createKernel(gpu: Gpu, descriptor: KernelDescriptor): Promise<Kernel> {
   const { device } = gpu;
   const { label, bindings, immediateBytes = 0 } = descriptor;
-  if (immediateBytes > MAX_IMMEDIATE_BYTES) throw new RangeError(`${label}: ${immediateBytes} immediate bytes, at most 64`);
+  if (immediateBytes > MAX_IMMEDIATE_BYTES)
+    throw new RangeError(`${label}: ${immediateBytes} immediate bytes, at most 64`);
   device.pushErrorScope("validation");
   const module = device.createShaderModule({ label, code: descriptor.code });
   const layout = device.createBindGroupLayout({
@@ -84,7 +89,8 @@ function bindKernel(
   bindingCount: number,
   buffers: readonly (GPUBuffer | GPUBufferBinding)[],
 ): BoundKernel {
-  if (buffers.length !== bindingCount) throw new RangeError(`${label}: ${buffers.length} buffers for ${bindingCount} bindings`);
+  if (buffers.length !== bindingCount)
+    throw new RangeError(`${label}: ${buffers.length} buffers for ${bindingCount} bindings`);
   const group = device.createBindGroup({
     label,
     layout,
