@@ -1,8 +1,8 @@
-import { mkdirSync } from "node:fs";
-import { join } from "node:path";
+import { accessSync, constants, existsSync, mkdirSync } from "node:fs";
+import { dirname, join, resolve } from "node:path";
 import { crc32 } from "node:zlib";
 import { fromBinary, toBinary } from "@bufbuild/protobuf";
-import { hex, type KvBlockHeader, KvBlockHeaderSchema, plainBytes, verifyHeader } from "@kivimesh/proto";
+import { ClusterError, hex, type KvBlockHeader, KvBlockHeaderSchema, plainBytes, verifyHeader } from "@kivimesh/proto";
 import { type Database, open, type RootDatabase } from "lmdb";
 import type { StoredBlock } from "./block-store.ts";
 
@@ -49,9 +49,9 @@ export class DiskTier {
     this.#payloads = root.openDB({ name: "payloads", encoding: "binary", keyEncoding: "binary" });
   }
 
-  /** Opens or creates the store in `directory`. */
+  /** Opens or creates the store in `directory`. @throws ClusterError INVALID_ARGUMENT where it cannot be written. */
   static open(directory: string): DiskTier {
-    mkdirSync(directory, { recursive: true });
+    createFolder(resolve(directory));
     const root = open<Buffer, string>({
       path: join(directory, "blocks.mdb"),
       encoding: "binary",
@@ -158,4 +158,19 @@ function decodeEntry(id: Uint8Array, bytes: Buffer): DiskEntry | undefined {
 
 function asBuffer(bytes: Uint8Array): Buffer {
   return Buffer.from(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+}
+
+/** Folder by folder: mkdir's `recursive` never returns where a file system refuses new folders with ENOENT (/proc). */
+function createFolder(directory: string): void {
+  try {
+    const missing: string[] = [];
+    for (let folder = directory; !existsSync(folder); folder = dirname(folder)) missing.push(folder);
+    for (const folder of missing.reverse()) mkdirSync(folder);
+    accessSync(directory, constants.W_OK | constants.X_OK);
+  } catch (cause) {
+    throw new ClusterError("INVALID_ARGUMENT", `data directory ${directory} cannot be written: ${String(cause)}`, {
+      parameter: "dataDirectory",
+      cause,
+    });
+  }
 }

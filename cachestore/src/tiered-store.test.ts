@@ -276,3 +276,7 @@ describe("events", () => {
     expect((await upToDate).value).toMatchObject({ number: 6n });
   });
 });
+
+it.each(["/proc/kivimesh", "/etc/hostname/kivimesh"])("says that %s cannot be written", async (folder) => {
+  await expect(open({ directory: folder })).rejects.toThrow(`data directory ${folder} cannot be written`);
+});
