@@ -49,9 +49,10 @@ export class ClusterProcess {
   output = "";
   private readonly exited: Promise<number | null>;
 
-  constructor(name: string, command: string, args: readonly string[], environment: NodeJS.ProcessEnv = {}) {
+  constructor(name: string, command: string, args: readonly string[], options: { cwd?: string } = {}) {
     this.name = name;
-    this.child = spawn(command, args, { env: { ...process.env, ...environment }, stdio: ["ignore", "pipe", "pipe"] });
+    // Its own process group, as a shell makes one: a terminal's Ctrl-C reaches the whole group.
+    this.child = spawn(command, args, { ...options, detached: true, stdio: ["ignore", "pipe", "pipe"] });
     const keep = (chunk: Buffer) => {
       this.output = (this.output + chunk.toString()).slice(-KEPT_LOG_CHARACTERS);
     };
@@ -70,8 +71,19 @@ export class ClusterProcess {
     return this.exited;
   }
 
-  exit(): Promise<number | null> {
+  /** What Ctrl-C in a terminal does. @returns the exit code; null where a signal ended it. */
+  async interrupt(): Promise<number | null> {
+    if (this.running && this.child.pid !== undefined) process.kill(-this.child.pid, "SIGINT");
     return this.exited;
+  }
+
+  /** Ends whatever is left of the process group. */
+  killGroup(): void {
+    try {
+      if (this.child.pid !== undefined) process.kill(-this.child.pid, "SIGKILL");
+    } catch (error) {
+      if ((error as NodeJS.ErrnoException).code !== "ESRCH") throw error;
+    }
   }
 }
 

@@ -16,6 +16,8 @@ export interface Generation {
 export interface GenerationOptions {
   readonly workerId?: string;
   readonly maxTokens?: number;
+  /** Keeps this request's blocks apart from others' (no prefix hit between different salts). */
+  readonly cacheSalt?: string;
   readonly signal?: AbortSignal;
   /** Called at each text delta. */
   readonly onDelta?: (text: string) => void;
@@ -35,6 +37,7 @@ export async function generate(
     // A prompt whose greedy answer is empty would make every comparison of answers trivially true.
     ignoreEos: true,
     workerId: options.workerId ?? "",
+    cacheSalt: options.cacheSalt ?? "",
   });
   let text = "";
   let firstLogits = new Uint8Array();

@@ -30,19 +30,6 @@ export interface Gpu {
   close(): Promise<void>;
 }
 
-export interface OpenGpuOptions {
-  /** Substring of the adapter's name, where several are installed. */
-  readonly adapter?: string;
-  readonly profile?: DeviceProfile;
-  /** Drops Dawn's bounds clamps and API validation; for fuzzed, released kernels on real GPUs. Default: hardware only. */
-  readonly unchecked?: boolean;
-}
-
-/** No adapter: the message says what to install. */
-export class GpuUnavailableError extends Error {
-  override readonly name = "GpuUnavailableError";
-}
-
 const REQUIRED_LIMITS = [
   "maxBufferSize",
   "maxStorageBufferBindingSize",
@@ -52,6 +39,29 @@ const REQUIRED_LIMITS = [
   "maxComputeWorkgroupSizeX",
   "maxImmediateSize",
 ] as const;
+
+export interface OpenGpuOptions {
+  /** Substring of the adapter's name, where several are installed. */
+  readonly adapter?: string;
+  readonly profile?: DeviceProfile;
+  /** Drops Dawn's bounds clamps and API validation; for fuzzed, released kernels on real GPUs. Default: hardware only. */
+  readonly unchecked?: boolean;
+  /** Asks for no more than these, so that what runs here also runs where no more is offered. */
+  readonly limits?: { readonly [name in (typeof REQUIRED_LIMITS)[number]]?: number };
+}
+
+/** The least of the drivers that are served (SwiftShader's). */
+export const PORTABLE_LIMITS = {
+  maxComputeInvocationsPerWorkgroup: 256,
+  maxComputeWorkgroupSizeX: 256,
+  maxComputeWorkgroupStorageSize: 32 * 1024,
+  maxStorageBuffersPerShaderStage: 12,
+} as const;
+
+/** No adapter: the message says what to install. */
+export class GpuUnavailableError extends Error {
+  override readonly name = "GpuUnavailableError";
+}
 
 // Dawn's instance must stay strongly referenced for the life of the process: a collected one takes the devices with it.
 const instances: GPU[] = [];
@@ -82,12 +92,12 @@ function adapterName(info: GPUAdapterInfo, profile: DeviceProfile): string {
   return parts.filter((part) => part !== "").join(", ") || info.vendor;
 }
 
-function requiredLimits(adapter: GPUAdapter): Record<string, number> {
+function requiredLimits(adapter: GPUAdapter, wanted: OpenGpuOptions["limits"] = {}): Record<string, number> {
   const limits = adapter.limits as unknown as Record<string, number | undefined>;
   const required: Record<string, number> = {};
   for (const name of REQUIRED_LIMITS) {
     const value = limits[name];
-    if (value !== undefined) required[name] = value;
+    if (value !== undefined) required[name] = Math.min(value, wanted[name] ?? value);
   }
   return required;
 }
@@ -111,7 +121,7 @@ export async function openGpu(options: OpenGpuOptions = {}): Promise<Gpu> {
   const wanted = ["shader-f16", "subgroups", "timestamp-query", "chromium-experimental-subgroup-matrix"];
   const device = await adapter.requestDevice({
     requiredFeatures: wanted.filter((feature) => offered.has(feature)) as GPUFeatureName[],
-    requiredLimits: requiredLimits(adapter),
+    requiredLimits: requiredLimits(adapter, options.limits),
   });
   const info = adapter.info as GPUAdapterInfo & { subgroupMaxSize?: number };
   return {

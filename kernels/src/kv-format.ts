@@ -89,7 +89,11 @@ export function validateKv(format: KvFormat, shape: KvShape): void {
     );
   }
   if (headDim % 8 !== 0) throw new RangeError(`headDim ${headDim} is not a multiple of 8`);
-  if (headDim > 256) throw new RangeError(`headDim ${headDim} is over 256, the largest supported`);
+  // Sealing holds a group of 32 tokens of one head in workgroup memory, of which portable devices have 32 KiB.
+  const largest = quantized ? 128 : 256;
+  if (headDim > largest) {
+    throw new RangeError(`headDim ${headDim} is over ${largest}, the largest that format ${format.name} supports`);
+  }
   if (format.rotated && (headDim & (headDim - 1)) !== 0) {
     throw new RangeError(`headDim ${headDim} is not a power of two: rotated format ${format.name} needs that`);
   }
