@@ -11,7 +11,7 @@ import { SetupError, step } from "./progress.mjs";
 export const ROOT = fileURLToPath(new URL("../..", import.meta.url));
 
 const LOCK = join(ROOT, ".kivimesh/setup.lock");
-const OLDEST_NODE = [20, 15];
+const OLDEST_NODE = [20, 19];
 
 function checkNode() {
   const [major = 0, minor = 0] = process.versions.node.split(".").map(Number);
