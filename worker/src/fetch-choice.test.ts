@@ -1,13 +1,27 @@
 import { expect, it } from "vitest";
-import { MeasuredRate, worthFetching } from "./fetch-choice.ts";
+import { fetchRateLifeSeconds, MeasuredRate, worthFetching } from "./fetch-choice.ts";
 
-const estimate = { tokens: 256, bytes: 1e6, prefillTokensPerSecond: 50, fetchBytesPerSecond: 1e8, fetchSeconds: 0.01 };
+const estimate = {
+  tokens: 256,
+  bytes: 1e6,
+  prefillTokensPerSecond: 50,
+  fetchBytesPerSecond: 1e8,
+  fetchRateAgeSeconds: 0,
+  fetchSeconds: 0.01,
+};
 
 it("fetches where that is faster than prefill, and where a rate is not known", () => {
   expect(worthFetching(estimate)).toBe(true);
   expect(worthFetching({ ...estimate, prefillTokensPerSecond: 1e6 })).toBe(false);
   expect(worthFetching({ ...estimate, prefillTokensPerSecond: 1e6, fetchBytesPerSecond: 0 })).toBe(true);
   expect(worthFetching({ ...estimate, prefillTokensPerSecond: 0, fetchBytesPerSecond: 1 })).toBe(true);
+});
+
+it("fetches again once a rate that speaks against it is old", () => {
+  const slow = { ...estimate, fetchBytesPerSecond: 1 };
+  expect(worthFetching(slow)).toBe(false);
+  expect(worthFetching({ ...slow, fetchRateAgeSeconds: fetchRateLifeSeconds - 1 })).toBe(false);
+  expect(worthFetching({ ...slow, fetchRateAgeSeconds: fetchRateLifeSeconds })).toBe(true);
 });
 
 it("follows a rate and ignores empty measurements", () => {
@@ -17,4 +31,6 @@ it("follows a rate and ignores empty measurements", () => {
   rate.add(100, 1);
   rate.add(200, 1);
   expect(rate.value).toBe(125);
+  rate.forget();
+  expect(rate.value).toBe(0);
 });

@@ -1,5 +1,5 @@
 import type { BlockSink, BlockTransfer, FetchReport } from "./block-transfer.ts";
-import { MeasuredRate, worthFetching } from "./fetch-choice.ts";
+import { fetchRateLifeSeconds, MeasuredRate, worthFetching } from "./fetch-choice.ts";
 import type { KvGeometry, ModelRunner } from "./model/index.ts";
 import type { PagePool } from "./page-pool.ts";
 import type { Sequence } from "./sequence.ts";
@@ -27,9 +27,12 @@ export class PrefixIntake implements BlockSink {
   readonly #kv: KvGeometry;
   readonly #transfer: BlockTransfer;
   readonly #wake: () => void;
+  readonly #now: () => number;
   readonly #intakes = new Map<number, Intake>();
   readonly #inFlight = new Set<string>();
   readonly #rate = new MeasuredRate();
+  /** When the newest measurement of the rate came in; milliseconds of the clock. */
+  #measuredAt = 0;
   #arrivals: Arrival[] = [];
   #nextFetchId = 1;
 
@@ -39,12 +42,15 @@ export class PrefixIntake implements BlockSink {
     kv: KvGeometry;
     transfer: BlockTransfer;
     wake: () => void;
+    /** Milliseconds of a clock that never goes back. */
+    now?: () => number;
   }) {
     this.#pool = init.pool;
     this.#runner = init.runner;
     this.#kv = init.kv;
     this.#transfer = init.transfer;
     this.#wake = init.wake;
+    this.#now = init.now ?? (() => performance.now());
   }
 
   /** Whether somebody fetches this block already. */
@@ -62,6 +68,7 @@ export class PrefixIntake implements BlockSink {
       bytes: missing.length * this.#kv.blockBytes,
       prefillTokensPerSecond,
       fetchBytesPerSecond: this.#rate.value,
+      fetchRateAgeSeconds: this.#rateAgeSeconds(),
       fetchSeconds: fetchOverheadSeconds,
     };
     if (missing.length === 0 || !worthFetching(estimate)) return false;
@@ -111,7 +118,18 @@ export class PrefixIntake implements BlockSink {
   #end(fetchId: number, { sequence, parents }: Intake, report: FetchReport): void {
     this.#intakes.delete(fetchId);
     for (const id of parents.keys()) this.#inFlight.delete(id);
-    this.#rate.add(report.bytes, report.seconds);
+    this.#measure(report);
     if (sequence.state === "fetching") sequence.state = "ready";
+  }
+
+  #measure({ bytes, seconds }: FetchReport): void {
+    if (!(bytes > 0)) return;
+    // What is too old to decide with must not weigh on its successor either.
+    if (this.#rateAgeSeconds() >= fetchRateLifeSeconds) this.#rate.forget();
+    if (this.#rate.add(bytes, seconds)) this.#measuredAt = this.#now();
+  }
+
+  #rateAgeSeconds(): number {
+    return (this.#now() - this.#measuredAt) / 1000;
   }
 }
