@@ -90,9 +90,18 @@ async function within(limitMs: number, work: Promise<void>): Promise<boolean> {
 }
 
 /**
- * Serves until the signal or a failure, then drains: streams get `graceMs`, closing a little more. Whatever still hangs
- * then ends with the process.
- * @throws the failure, after draining.
+ * Closes within a little more than `graceMs`; whatever still hangs then ends with the process.
+ * @throws what closing throws in time.
+ */
+export async function closeWithin(graceMs: number, closing: Promise<void>, output: Output): Promise<void> {
+  const limitMs = graceMs + CLOSING_MS;
+  if (!(await within(limitMs, closing))) output.notice(`not closed after ${limitMs} ms; ending anyway`);
+}
+
+/**
+ * Serves until the signal or a failure, then drains. After a signal, streams get `graceMs`; after a failure (the GPU is
+ * lost) they have nothing to wait for, and the process must end soon so that it can be started anew.
+ * @throws the failure, after draining, even where draining fails too.
  */
 export async function serveUntil(
   signal: AbortSignal,
@@ -101,7 +110,11 @@ export async function serveUntil(
   output: Output,
 ): Promise<void> {
   const failure = await Promise.race([aborted(signal), server.failed ?? new Promise<never>(() => {})]);
-  const limitMs = graceMs + CLOSING_MS;
-  if (!(await within(limitMs, server.drain(graceMs)))) output.notice(`not closed after ${limitMs} ms; ending anyway`);
-  if (failure instanceof Error) throw failure;
+  if (!(failure instanceof Error)) return closeWithin(graceMs, server.drain(graceMs), output);
+  try {
+    await closeWithin(0, server.drain(0), output);
+  } catch (error) {
+    output.notice(`while closing: ${String(error)}`);
+  }
+  throw failure;
 }

@@ -1,5 +1,5 @@
-import { spawn } from "node:child_process";
-import { existsSync, mkdtempSync, writeFileSync } from "node:fs";
+import { spawn, spawnSync } from "node:child_process";
+import { existsSync, mkdirSync, mkdtempSync, readFileSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { describe, expect, it } from "vitest";
@@ -26,5 +26,18 @@ describe("the embedded cachestore's folder", () => {
       await gone;
     }
     expect((await claimFolder(wanted)).path).toBe(wanted);
+  });
+
+  it("is given to one of many that ask at once, also after a dead owner", async () => {
+    const wanted = join(mkdtempSync(join(tmpdir(), "kivimesh-data-")), "cachestore");
+    mkdirSync(wanted);
+    const dead = spawnSync(process.execPath, ["-e", ""]).pid;
+    for (const left of [undefined, String(dead), "", String(process.pid)]) {
+      if (left !== undefined) writeFileSync(join(wanted, "kivimesh.pid"), left);
+      const folders = await Promise.all(Array.from({ length: 8 }, () => claimFolder(wanted)));
+      expect(folders.filter((folder) => folder.path === wanted)).toHaveLength(1);
+      expect(readFileSync(join(wanted, "kivimesh.pid"), "utf8")).toBe(String(process.pid));
+      for (const folder of folders) folder.release();
+    }
   });
 });

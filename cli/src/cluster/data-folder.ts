@@ -1,8 +1,9 @@
 /** The embedded cachestore's folder: one cluster at a time may use it. */
-import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { mkdtempSync, readFileSync, renameSync, rmSync, writeFileSync } from "node:fs";
 import { mkdir } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { setTimeout as sleep } from "node:timers/promises";
 
 export interface DataFolder {
   readonly path: string;
@@ -12,6 +13,11 @@ export interface DataFolder {
 }
 
 const OWNER_FILE = "kivimesh.pid";
+/** A claim that is just being written is empty for a moment. */
+const EMPTY_CLAIM_MS = 500;
+const POLL_MS = 10;
+/** Folders of this process: after a restart in a container, a claim left behind may bear this very process id. */
+const claimed = new Set<string>();
 
 function isAlive(pid: number): boolean {
   try {
@@ -22,9 +28,12 @@ function isAlive(pid: number): boolean {
   }
 }
 
-function ownerOf(file: string): number | undefined {
+/** The live process that has the claim; "unwritten" for an empty one. */
+function ownerOf(file: string): number | "unwritten" | undefined {
   try {
-    const pid = Number(readFileSync(file, "utf8"));
+    const text = readFileSync(file, "utf8");
+    if (text === "") return "unwritten";
+    const pid = Number(text);
     return Number.isInteger(pid) && pid > 0 && isAlive(pid) ? pid : undefined;
   } catch (error) {
     if ((error as NodeJS.ErrnoException).code === "ENOENT") return undefined;
@@ -47,12 +56,48 @@ export function temporaryFolder(usedBy?: number): DataFolder {
   };
 }
 
-/** Claims the folder; while another live process has it, a temporary one instead. */
+/** Creates the claim, where there is none: of several processes that try, one succeeds. */
+function createClaim(file: string): boolean {
+  try {
+    writeFileSync(file, String(process.pid), { flag: "wx" });
+    return true;
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code === "EEXIST") return false;
+    throw error;
+  }
+}
+
+/** Takes a claim of a dead process away. Of several processes that try, one moves it. */
+function removeStaleClaim(file: string): void {
+  const aside = `${file}.${process.pid}`;
+  try {
+    renameSync(file, aside);
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code === "ENOENT") return;
+    throw error;
+  }
+  // Between the look and the move, another process may have put its own claim there: that one goes back.
+  const owner = ownerOf(aside);
+  if (typeof owner === "number" && owner !== process.pid) renameSync(aside, file);
+  else rmSync(aside, { force: true });
+}
+
+/** Claims the folder; while another live cluster has it, a temporary one instead. */
 export async function claimFolder(path: string): Promise<DataFolder> {
   await mkdir(path, { recursive: true });
   const file = join(path, OWNER_FILE);
-  const owner = ownerOf(file);
-  if (owner !== undefined && owner !== process.pid) return temporaryFolder(owner);
-  writeFileSync(file, String(process.pid));
-  return { path, usedBy: undefined, release: () => rmSync(file, { force: true }) };
+  const emptyUntil = Date.now() + EMPTY_CLAIM_MS;
+  while (!createClaim(file)) {
+    if (claimed.has(file)) return temporaryFolder(process.pid);
+    const owner = ownerOf(file);
+    if (owner === "unwritten" && Date.now() < emptyUntil) await sleep(POLL_MS);
+    else if (typeof owner === "number" && owner !== process.pid) return temporaryFolder(owner);
+    else removeStaleClaim(file);
+  }
+  claimed.add(file);
+  const release = () => {
+    claimed.delete(file);
+    rmSync(file, { force: true });
+  };
+  return { path, usedBy: undefined, release };
 }

@@ -6,7 +6,7 @@ import { cacheFolder } from "../cache-folder.ts";
 import { redisSeams } from "../cluster/cluster-seams.ts";
 import { addListenerOptions, type ListenerOptions, listenerConfig } from "../listener-options.ts";
 import { address, bytes, option, port } from "../option-values.ts";
-import { serveUntil, startedUnlessEnded, terminationSignal } from "../shutdown.ts";
+import { closeWithin, serveUntil, startedUnlessEnded, terminationSignal } from "../shutdown.ts";
 import type { CommandContext } from "./command-context.ts";
 
 interface CachestoreOptions extends ListenerOptions {
@@ -89,7 +89,7 @@ async function cachestore(options: CachestoreOptions, { output }: CommandContext
     output.notice(`cachestore ${service.id}: gRPC ${service.address}`);
     await serveUntil(termination.signal, service, options.drainTimeoutMs, output);
   } finally {
-    await seams?.close();
+    if (seams !== undefined) await closeWithin(0, seams.close(), output);
     termination.dispose();
   }
 }

@@ -4,7 +4,7 @@ import type { Command } from "commander";
 import { redisSeams } from "../cluster/cluster-seams.ts";
 import { addListenerOptions, type ListenerOptions, listenerConfig } from "../listener-options.ts";
 import { integer, option, port } from "../option-values.ts";
-import { serveUntil, startedUnlessEnded, terminationSignal } from "../shutdown.ts";
+import { closeWithin, serveUntil, startedUnlessEnded, terminationSignal } from "../shutdown.ts";
 import type { CommandContext } from "./command-context.ts";
 
 interface GatewayOptions extends ListenerOptions {
@@ -68,7 +68,7 @@ async function gateway(options: GatewayOptions, { output }: CommandContext): Pro
     output.notice(`gateway ${server.id}: ${server.httpUrl}, gRPC ${server.grpcAddress}`);
     await serveUntil(termination.signal, server, options.drainTimeoutMs, output);
   } finally {
-    await seams.close();
+    await closeWithin(0, seams.close(), output);
     termination.dispose();
   }
 }

@@ -15,7 +15,7 @@ import {
 import { addListenerOptions, type ListenerOptions, listenerConfig } from "../listener-options.ts";
 import { bytes, integer, option, port } from "../option-values.ts";
 import { formatReport, type GenerateInit, promptReport, streamAnswer } from "../report.ts";
-import { serveUntil, startedUnlessEnded, terminationSignal } from "../shutdown.ts";
+import { closeWithin, serveUntil, startedUnlessEnded, terminationSignal } from "../shutdown.ts";
 import { UsageError } from "../usage-error.ts";
 import type { CommandContext } from "./command-context.ts";
 
@@ -157,11 +157,11 @@ async function up(options: UpOptions, context: CommandContext): Promise<void> {
   try {
     await firstPromptUntil(cluster, options, context, termination.signal);
   } catch (error) {
-    await cluster.drain(0);
+    await closeWithin(0, cluster.drain(0), output);
     throw error;
   }
   if (options.once === true) {
-    await cluster.drain(0);
+    await closeWithin(0, cluster.drain(0), output);
   } else {
     if (!termination.signal.aborted) {
       output.line(`HTTP  ${cluster.httpUrl}/v1\ngRPC  ${cluster.grpcAddress}\nCtrl-C ends the cluster.`);

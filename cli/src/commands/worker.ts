@@ -13,7 +13,7 @@ import {
 } from "../common-options.ts";
 import { addListenerOptions, type ListenerOptions, listenerConfig } from "../listener-options.ts";
 import { address, option, port } from "../option-values.ts";
-import { serveUntil, startedUnlessEnded, terminationSignal } from "../shutdown.ts";
+import { closeWithin, serveUntil, startedUnlessEnded, terminationSignal } from "../shutdown.ts";
 import type { CommandContext } from "./command-context.ts";
 
 interface WorkerOptions extends ModelOptions, EngineOptions, ListenerOptions {
@@ -80,7 +80,7 @@ async function worker(options: WorkerOptions, { output }: CommandContext): Promi
     output.notice(`worker ${service.id}: ${service.model.name} on ${service.model.device}, gRPC ${service.address}`);
     await serveUntil(termination.signal, service, options.drainTimeoutMs, output);
   } finally {
-    await seams.close();
+    await closeWithin(0, seams.close(), output);
     termination.dispose();
   }
 }
