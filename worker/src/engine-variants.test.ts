@@ -175,7 +175,7 @@ describe("Engine over a failing runner", () => {
     expect(await finished("running")).toMatchObject({ outcome: "failed", error: { code: "WORKER_LOST" } });
     expect(failures).toHaveLength(1);
     engine.submit(request("later"));
-    expect(await finished("later")).toMatchObject({ outcome: "failed" });
+    expect(await finished("later")).toMatchObject({ outcome: "failed", error: { code: "WORKER_LOST" } });
     expect(engine.stats()).toMatchObject({ running: 0, referencedPages: 0, integrityViolations: [] });
   });
 

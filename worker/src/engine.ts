@@ -64,7 +64,8 @@ export class Engine {
   #stepsSincePrefill = 0;
   #draining = false;
   #closed = false;
-  #failure: Error | undefined;
+  /** What every request is told once the runner failed. */
+  #failure: ClusterError | undefined;
   readonly #signal = new WakeSignal();
   readonly #reads: BlockReads;
 
@@ -118,7 +119,7 @@ export class Engine {
     this.#abortOlder(request.requestId, request.epoch - 1);
     const { modelDigest, numerics } = this.#options;
     try {
-      if (this.#failure !== undefined) throw toClusterError(this.#failure);
+      if (this.#failure !== undefined) throw this.#failure;
       if (this.#draining) throw new ClusterError("WORKER_DRAINING", "the worker is shutting down");
       checkRequest(request, this.runner.limits, this.#capacityTokens);
       const sequence = new Sequence({
@@ -232,7 +233,7 @@ export class Engine {
   }
 
   async #step({ plan, parts }: BuiltStep): Promise<void> {
-    const result = await within(this.runner.step(plan), stepTimeoutMs);
+    const result = await within(this.runner.step(plan), stepTimeoutMs[this.runner.device.profile]);
     this.#counters.step(plan, result.seconds.wall);
     this.#stepsSincePrefill = plan.prefill.length > 0 ? 0 : this.#stepsSincePrefill + 1;
     const sampled = new Map(result.sampled.map((token) => [token.slot, token]));
@@ -364,10 +365,10 @@ export class Engine {
   }
 
   #fail(error: Error): void {
-    this.#failure = error;
     this.#closed = true;
     const { code, message } = toClusterError(error);
     const told = new ClusterError(code === "DEVICE_LOST" ? code : "WORKER_LOST", message, { cause: error });
+    this.#failure = told;
     for (const sequence of this.#table.all) this.#failSequence(sequence, told);
     this.#options.onFailure?.(error);
   }

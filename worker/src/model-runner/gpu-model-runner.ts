@@ -14,6 +14,7 @@ import type {
   KvGeometry,
   ModelRunner,
   PrefillChunk,
+  RunnerDevice,
   RunnerLimits,
   RunnerMemory,
   SampledToken,
@@ -92,9 +93,9 @@ export class GpuModelRunner implements ModelRunner {
     return this.#parts.limits;
   }
 
-  get device() {
-    const { name, profile } = this.#parts.gpu;
-    return { name, profile };
+  get device(): RunnerDevice {
+    const { name, profile, features } = this.#parts.gpu;
+    return { name, profile, features };
   }
 
   get lost(): Promise<string> {

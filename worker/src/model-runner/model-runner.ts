@@ -2,7 +2,7 @@
  * The model runner: executes steps of prefill chunks and decode rows on the GPU. It owns the page buffers and the
  * residual windows, addressed by page number and slot; which sequence owns what is its caller's business.
  */
-import type { Gpu, KvFormat } from "@kivimesh/kernels";
+import type { DeviceProfile, Gpu, GpuFeatures, KvFormat } from "@kivimesh/kernels";
 import type { LoadedModel } from "../model/loaded-model.ts";
 import type { ModelConfig } from "../model/model-config.ts";
 
@@ -105,11 +105,18 @@ export interface RunnerMemory {
   readonly other: number;
 }
 
+/** The GPU, and what kernel variants were picked by. */
+export interface RunnerDevice {
+  readonly name: string;
+  readonly profile: DeviceProfile;
+  readonly features: GpuFeatures;
+}
+
 export interface ModelRunner {
   readonly config: ModelConfig;
   readonly kv: KvGeometry;
   readonly limits: RunnerLimits;
-  readonly device: { readonly name: string; readonly profile: string };
+  readonly device: RunnerDevice;
   /** Resolves with the reason when the device is lost. */
   readonly lost: Promise<string>;
   /**

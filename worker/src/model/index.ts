@@ -6,6 +6,7 @@ export type {
   ModelRunner,
   OpenModelRunnerOptions,
   PrefillChunk,
+  RunnerDevice,
   RunnerLimits,
   RunnerMemory,
   SampledToken,
