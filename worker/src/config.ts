@@ -1,4 +1,4 @@
-/** Configuration of workers and engines. The environment is read here and nowhere else in this package. */
+/** Configuration of workers and engines. The command line owns flags and their environment variables. */
 import { mkdirSync } from "node:fs";
 import { tmpdir, userInfo } from "node:os";
 import { join } from "node:path";
@@ -98,66 +98,11 @@ function invalid(field: string, message: string): ClusterError {
   return new ClusterError("INVALID_ARGUMENT", `worker ${field}: ${message}`, { parameter: field });
 }
 
-const environmentSchema = z.object({
-  KIVIMESH_WORKER_ID: z.string().optional(),
-  KIVIMESH_HOST: z.string().min(1).optional(),
-  KIVIMESH_WORKER_PORT: port.optional(),
-  KIVIMESH_MODEL_PATH: z.string().min(1).optional(),
-  KIVIMESH_ARCHITECTURE: z.string().min(1).optional(),
-  KIVIMESH_MODEL_NAME: z.string().min(1).optional(),
-  KIVIMESH_KV_FORMAT: z.string().min(1).optional(),
-  KIVIMESH_BLOCK_TOKENS: positive.optional(),
-  KIVIMESH_RESIDUAL_TOKENS: positive.optional(),
-  KIVIMESH_MAX_SEQUENCES: positive.optional(),
-  KIVIMESH_KV_BYTES: positive.optional(),
-  KIVIMESH_MAX_PREFILL_ROWS: positive.optional(),
-  KIVIMESH_MAX_CONTEXT_TOKENS: positive.optional(),
-  KIVIMESH_NUMERICS: z.enum(["invariant", "fast"]).optional(),
-  KIVIMESH_GPU_ADAPTER: z.string().min(1).optional(),
-  KIVIMESH_CACHESTORE: z.string().min(1).optional(),
-  KIVIMESH_METRICS_PORT: port.optional(),
-  KIVIMESH_ALLOW_INSECURE: z.enum(["0", "1", "true", "false"]).optional(),
-  KIVIMESH_LOG_LEVEL: z.string().optional(),
-});
-
 /**
- * What environment variables say; the caller fills in the rest (at least `id` and the model).
- * @throws ClusterError INVALID_ARGUMENT naming the variable.
+ * Names the private runtime folder that the Vulkan loader wants, where nobody did: containers often have none. The
+ * command line sets this and more for its processes; this is for those that start a worker without it. It must run
+ * before the engine thread starts: a thread copies the environment of its parent once.
  */
-export function workerConfigFromEnvironment(environment: Record<string, string | undefined>): Partial<WorkerConfig> {
-  const parsed = environmentSchema.safeParse(environment);
-  if (!parsed.success) {
-    const issue = parsed.error.issues[0];
-    const name = issue?.path.join(".") ?? "environment";
-    throw new ClusterError("INVALID_ARGUMENT", `${name}: ${issue?.message ?? "invalid"}`, { parameter: name });
-  }
-  const values = parsed.data;
-  const insecure = values.KIVIMESH_ALLOW_INSECURE;
-  const config: Partial<WorkerConfig> = {
-    id: values.KIVIMESH_WORKER_ID as string,
-    host: values.KIVIMESH_HOST,
-    port: values.KIVIMESH_WORKER_PORT,
-    modelPath: values.KIVIMESH_MODEL_PATH,
-    dummyArchitecture: values.KIVIMESH_ARCHITECTURE,
-    modelName: values.KIVIMESH_MODEL_NAME,
-    kvFormat: values.KIVIMESH_KV_FORMAT,
-    blockTokens: values.KIVIMESH_BLOCK_TOKENS,
-    residualTokens: values.KIVIMESH_RESIDUAL_TOKENS,
-    maxSequences: values.KIVIMESH_MAX_SEQUENCES,
-    kvBytes: values.KIVIMESH_KV_BYTES,
-    maxPrefillRows: values.KIVIMESH_MAX_PREFILL_ROWS,
-    maxContextTokens: values.KIVIMESH_MAX_CONTEXT_TOKENS,
-    numerics: values.KIVIMESH_NUMERICS,
-    gpuAdapter: values.KIVIMESH_GPU_ADAPTER,
-    cachestoreAddress: values.KIVIMESH_CACHESTORE,
-    metricsPort: values.KIVIMESH_METRICS_PORT,
-    allowInsecure: insecure === undefined ? undefined : insecure === "1" || insecure === "true",
-    logLevel: values.KIVIMESH_LOG_LEVEL,
-  };
-  return Object.fromEntries(Object.entries(config).filter(([, value]) => value !== undefined));
-}
-
-/** Names the private runtime folder that the Vulkan loader wants, where nobody did: containers often have none. */
 export function prepareDriverEnvironment(environment: NodeJS.ProcessEnv): void {
   if (environment.XDG_RUNTIME_DIR) return;
   const folder = join(tmpdir(), `kivimesh-runtime-${userInfo().uid}`);

@@ -20,8 +20,11 @@ import type { PrefixIndexChange } from "./page-pool.ts";
 /** How long a busy engine thread may take to answer before its last report stands in, in milliseconds. */
 const statsTimeoutMs = 1_000;
 
-/** How long a closing engine may finish its step before its thread is ended, in milliseconds. */
+/** How long a closing engine may finish its step before its thread is left behind, in milliseconds. */
 const closeTimeoutMs = 30_000;
+
+/** The same for an engine that failed: it has no step to finish, and its driver may never answer. */
+const failedCloseTimeoutMs = 1_000;
 
 /** What an engine thread tells; set before anything is submitted. */
 export interface EngineListeners {
@@ -37,7 +40,7 @@ interface Waiter<T> {
 
 const silent: EngineListeners = { onEvents() {}, onPrefixChange() {}, onStats() {} };
 
-/** An engine in a thread of its own. After `failed` resolves nothing runs any more. */
+/** An engine in a thread of its own. After a failure nothing runs any more, and `submit` has no effect. */
 export class EngineClient {
   readonly model: ModelDescription;
   /** Resolves with the reason if the GPU, the engine or its thread fails. */
@@ -51,6 +54,7 @@ export class EngineClient {
   #lastStats: EngineStats;
   #nextId = 1;
   #closing = false;
+  #failure: ClusterError | undefined;
   #reportFailure: (error: ClusterError) => void = () => undefined;
 
   /**
@@ -63,20 +67,18 @@ export class EngineClient {
     // Not the parent's node options: loaders of TypeScript or test runners have no place in the thread.
     const thread = new Worker(threadFile(), { workerData: data, execArgv: [] });
     try {
-      const ready = await new Promise<Extract<FromEngine, { type: "ready" }>>((resolve, reject) => {
-        thread.once("error", reject);
-        thread.once("exit", (code) =>
-          reject(new ClusterError("INTERNAL", `the engine thread ended with code ${code}`)),
-        );
-        thread.on("message", (message: FromEngine) => {
+      return await new Promise<EngineClient>((resolve, reject) => {
+        const onExit = (code: number) => reject(threadEnded(code));
+        const onMessage = (message: FromEngine) => {
           if (message.type === "progress") onProgress?.(message.done, message.total);
           if (message.type === "failed") reject(new ClusterError(message.error.code, message.error.message));
-          if (message.type === "ready") resolve(message);
-        });
+          if (message.type !== "ready") return;
+          thread.off("error", reject).off("exit", onExit).off("message", onMessage);
+          // Here and not behind an await: a failure that follows at once must find its listener.
+          resolve(new EngineClient(thread, message.model, message.stats));
+        };
+        thread.once("error", reject).once("exit", onExit).on("message", onMessage);
       });
-      // Not all events at once: that would also take the hooks that keep the thread's port open.
-      for (const event of ["error", "exit", "message"]) thread.removeAllListeners(event);
-      return new EngineClient(thread, ready.model, ready.stats);
     } catch (error) {
       await thread.terminate();
       throw error;
@@ -92,12 +94,17 @@ export class EngineClient {
     });
     this.#exited = new Promise((resolve) => {
       thread.once("exit", (code) => {
-        this.#fail({ code: "INTERNAL", message: `the engine thread ended with code ${code}` });
+        this.#fail(threadEnded(code));
         resolve();
       });
     });
     thread.on("error", (error) => this.#fail({ code: "INTERNAL", message: String(error) }));
     thread.on("message", (message: FromEngine) => this.#receive(message));
+  }
+
+  /** Why nothing runs any more, if so. */
+  get failure(): ClusterError | undefined {
+    return this.#failure;
   }
 
   /** The newest report, at most some steps old. */
@@ -127,9 +134,9 @@ export class EngineClient {
     this.#send({ type: "drain" });
   }
 
-  /** The payload of a block in the GPU pool, or undefined. @throws ClusterError DEVICE_LOST. */
+  /** The payload of a block in the GPU pool, or undefined, also after a failure. @throws ClusterError DEVICE_LOST. */
   readBlock(id: string): Promise<Uint8Array | undefined> {
-    if (this.#closing) return Promise.resolve(undefined);
+    if (this.#ended) return Promise.resolve(undefined);
     const readId = this.#nextId++;
     return new Promise((resolve, reject) => {
       this.#reads.set(readId, { resolve, reject });
@@ -139,7 +146,7 @@ export class EngineClient {
 
   /** Of now, or the last report where the thread is busy with a long step. */
   stats(): Promise<EngineStats> {
-    if (this.#closing) return Promise.resolve(this.#lastStats);
+    if (this.#ended) return Promise.resolve(this.#lastStats);
     const statsId = this.#nextId++;
     return new Promise((resolve) => {
       const timer = setTimeout(() => {
@@ -154,13 +161,25 @@ export class EngineClient {
     });
   }
 
-  /** Aborts what runs, closes the GPU and ends the thread. */
+  /**
+   * Aborts what runs, closes the GPU and ends the thread. A thread that does not come to its end in time is left to
+   * itself, without keeping the process: ended from here amid GPU work, it would take the whole process with it.
+   */
   async close(): Promise<void> {
     this.#closing = true;
     this.#send({ type: "close" });
-    const timer = setTimeout(() => void this.#thread.terminate(), closeTimeoutMs);
-    await this.#exited;
+    const timeoutMs = this.#failure === undefined ? closeTimeoutMs : failedCloseTimeoutMs;
+    let timer: NodeJS.Timeout | undefined;
+    const timeout = new Promise<void>((resolve) => {
+      timer = setTimeout(resolve, timeoutMs);
+    });
+    await Promise.race([this.#exited, timeout]);
     clearTimeout(timer);
+    this.#thread.unref();
+  }
+
+  get #ended(): boolean {
+    return this.#closing || this.#failure !== undefined;
   }
 
   #send(message: ToEngine, payload?: Uint8Array): void {
@@ -211,8 +230,15 @@ export class EngineClient {
   #fail({ code, message }: PlainError): void {
     for (const waiter of this.#reads.values()) waiter.resolve(undefined);
     this.#reads.clear();
-    if (!this.#closing) this.#reportFailure(new ClusterError(code, message));
+    if (this.#closing || this.#failure !== undefined) return;
+    this.#failure = new ClusterError(code, message);
+    this.#reportFailure(this.#failure);
   }
+}
+
+/** The device is gone with its thread. */
+function threadEnded(code: number): ClusterError {
+  return new ClusterError("DEVICE_LOST", `the engine thread ended with code ${code}`);
 }
 
 /** The thread's file in dist: Node cannot run TypeScript in a thread. */

@@ -4,7 +4,7 @@ import type { BlockFetch, FetchReport, SealedBlock } from "./block-transfer.ts";
 import type { EngineConfig } from "./config.ts";
 import type { EngineStats } from "./engine-stats.ts";
 import type { GenerationEvent, GenerationRequest } from "./generation.ts";
-import type { KvGeometry, RunnerLimits, TokenizerDefinition } from "./model/index.ts";
+import type { KvGeometry, RunnerDevice, RunnerLimits, TokenizerDefinition } from "./model/index.ts";
 import type { PrefixIndexChange } from "./page-pool.ts";
 
 /** What the engine thread starts with. */
@@ -20,8 +20,7 @@ export interface ModelDescription {
   readonly tokenizer: TokenizerDefinition;
   readonly kv: KvGeometry;
   readonly limits: RunnerLimits;
-  readonly device: string;
-  readonly profile: string;
+  readonly device: RunnerDevice;
 }
 
 export interface PlainError {

@@ -78,8 +78,7 @@ function startEngine({ model, options }: EngineParts, transfer: BlockTransfer): 
       tokenizer: model.tokenizer,
       kv: runner.kv,
       limits: runner.limits,
-      device: runner.device.name,
-      profile: runner.device.profile,
+      device: runner.device,
     },
     stats: engine.stats(),
   });

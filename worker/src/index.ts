@@ -4,7 +4,6 @@ export {
   type EngineConfig,
   type Numerics,
   type WorkerConfig,
-  workerConfigFromEnvironment,
 } from "./config.ts";
 export { Engine, type EngineOptions } from "./engine.ts";
 export type { EngineStats } from "./engine-stats.ts";
@@ -29,6 +28,7 @@ export {
   type OpenModelRunnerOptions,
   openModelRunner,
   type PrefillChunk,
+  type RunnerDevice,
   type RunnerLimits,
   type RunnerMemory,
   type SamplingParameters,

@@ -36,6 +36,7 @@ export class RunningRequests {
   readonly #worker: { readonly id: string; readonly kvFormat: string; readonly modelDigest: Uint8Array };
   readonly #requests = new Map<string, RunningRequest>();
   #discarded = 0;
+  #failure: ClusterError | undefined;
 
   constructor(
     engine: RequestEngine,
@@ -60,6 +61,10 @@ export class RunningRequests {
   async run(job: GenerateJob, signal: AbortSignal): Promise<void> {
     if (!(await this.#streams.listens(job.gatewayId))) {
       this.#discarded += 1;
+      return;
+    }
+    if (this.#failure !== undefined) {
+      this.#refuse(job, this.#failure);
       return;
     }
     if (job.modelDigest !== hex(this.#worker.modelDigest)) {
@@ -100,8 +105,9 @@ export class RunningRequests {
     }
   }
 
-  /** Ends every request as failed, without asking the engine. */
+  /** Ends every request as failed, without asking the engine, and all that come later. */
   failAll(error: ClusterError): void {
+    this.#failure ??= error;
     for (const [key, { requestId, epoch, gatewayId, done }] of this.#requests) {
       this.#requests.delete(key);
       this.#streams.send(gatewayId, failedMessage(requestId, epoch, error));

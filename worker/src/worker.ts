@@ -56,7 +56,7 @@ export interface WorkerService {
   readonly transfers: Readonly<TransferCounters>;
   /** Resolves with the reason if the GPU or its thread is gone; the worker is of no use then: exit and restart. */
   readonly failed: Promise<Error>;
-  /** Leaves the membership, finishes running requests for up to `graceMs`, then closes. */
+  /** Leaves the membership, finishes running requests for up to `graceMs`, then closes. At once after a failure. */
   drain(graceMs: number): Promise<void>;
   /** Ends at once; running requests end as aborted. */
   close(): Promise<void>;
@@ -74,8 +74,16 @@ export async function startWorker(config: WorkerConfig, seams: WorkerSeams): Pro
     await worker.close();
     throw error;
   }
+  const { model } = engine;
   logger.info(
-    { model: engine.model.name, device: engine.model.device, address: worker.address, kv: engine.model.kv.format.name },
+    {
+      model: model.name,
+      kv: model.kv.format.name,
+      device: model.device.name,
+      profile: model.device.profile,
+      features: model.device.features,
+      address: worker.address,
+    },
     "worker is ready",
   );
   return worker;
@@ -160,6 +168,7 @@ class RunningWorker implements WorkerService {
     const concurrency = Math.min(256, this.#engine.model.limits.maxSequences * jobsPerSequence);
     const run: Parameters<JobQueues["consume"]>[1] = (job, signal) => this.#requests.run(job, signal);
     this.#consumer = await jobQueues.consume(this.id, run, { concurrency });
+    if (this.#engine.failure !== undefined) throw this.#engine.failure;
     const modelDigestHex = hex(this.#engine.model.digest);
     this.#announcement = await membership.announce({
       id: this.id,
@@ -174,7 +183,8 @@ class RunningWorker implements WorkerService {
   async drain(graceMs: number): Promise<void> {
     const until = performance.now() + graceMs;
     await this.#leave();
-    if (this.#closing === undefined) {
+    // After a failure nothing runs that could be waited for.
+    if (this.#closing === undefined && this.#engine.failure === undefined) {
       this.#engine.drain();
       while (this.#requests.size > 0 && performance.now() < until) {
         await new Promise((resolve) => setTimeout(resolve, drainPollMs));
@@ -249,6 +259,10 @@ class RunningWorker implements WorkerService {
     this.#logger.fatal({ code: error.code, message: error.message }, "the engine failed");
     const told = new ClusterError(error.code === "DEVICE_LOST" ? "DEVICE_LOST" : "WORKER_LOST", error.message);
     this.#requests.failAll(told);
+    // What still waits in the queue is the gateways' to send elsewhere: they see this worker leave.
+    await this.#consumer?.pause().catch((cause: unknown) => {
+      this.#logger.warn({ cause }, "the queue could not be paused; jobs that still come fail at once");
+    });
     await this.#leave();
     return error;
   }
@@ -284,7 +298,7 @@ function modelResponse(config: WorkerConfig, model: ModelDescription): GetModelR
     blockTokens: kv.blockTokens,
     residualTokens: kv.residualTokens,
     blockBytes: BigInt(kv.blockBytes),
-    device: model.device,
+    device: model.device.name,
     workerId: config.id,
   });
 }
