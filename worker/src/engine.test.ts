@@ -20,7 +20,11 @@ interface Answer {
   finished: FinishedEvent;
 }
 
-async function run(engine: OpenEngine, request: SimpleGeneration): Promise<Answer> {
+async function run(
+  engine: OpenEngine,
+  request: SimpleGeneration,
+  onToken: () => void = () => undefined,
+): Promise<Answer> {
   const ids: number[] = [];
   let logits: Float32Array | undefined;
   for await (const event of engine.generate({ returnFirstLogits: true, ...request })) {
@@ -28,6 +32,7 @@ async function run(engine: OpenEngine, request: SimpleGeneration): Promise<Answe
     expect(event.index).toBe(ids.length);
     ids.push(...event.ids);
     logits ??= event.firstLogits;
+    onToken();
   }
   throw new Error("the stream ended without a finish");
 }
@@ -123,15 +128,28 @@ describe("Engine on a tiny model", () => {
   it("gives a sequence the same bits alone and in a batch of 4", async () => {
     const requests = [70, 33, 129, 200].map((length, seed) => ({
       tokens: prompt(length, 10 + seed),
-      maxTokens: 40,
+      maxTokens: 64,
       tenantNamespace: new Uint8Array(32).fill(1),
     }));
+    // Alone in an engine of their own: its blocks cannot be hits of those that run together.
+    const other = await openEngine(base);
     const alone: Answer[] = [];
-    for (const request of requests) alone.push(await run(engine, request));
-    const other = { tenantNamespace: new Uint8Array(32).fill(2) };
-    const together = await Promise.all(requests.map((request) => run(engine, { ...request, ...other })));
+    for (const request of requests) alone.push(await run(other, request));
+    await other.close();
+
+    const before = engine.stats();
+    const steps = new Map<number, number>();
+    const note = () => {
+      const { steps: done, decodeTokens } = engine.stats();
+      steps.set(done, decodeTokens);
+    };
+    const together = await Promise.all(requests.map((request) => run(engine, request, note)));
+    const rows = [...steps].map(([step, tokens]) => tokens - (steps.get(step - 1) ?? tokens));
+    expect(rows.filter((count) => count === 4).length).toBeGreaterThan(10);
+    const prefilled = engine.stats().prefillTokens - before.prefillTokens;
+    expect(prefilled).toBe(requests.reduce((sum, { tokens }) => sum + tokens.length, 0));
     for (const [index, answer] of together.entries()) {
-      expect(answer.finished.usage.sources.gpu).toBe(0);
+      expect(answer.finished.usage.sources).toMatchObject({ gpu: 0, computed: requests[index]!.tokens.length });
       expect(answer.ids).toEqual(alone[index]!.ids);
       expect(bits(answer)).toEqual(bits(alone[index]!));
     }
