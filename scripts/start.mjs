@@ -11,7 +11,9 @@ try {
   await bootstrap();
   const { setUpForServing } = await import("../cli/dist/setup/set-up.js");
   const options = process.argv.slice(2);
-  const asked = options.some((option) => option === "--prompt" || option.startsWith("--prompt="));
+  const asked =
+    process.env.KIVIMESH_PROMPT !== undefined ||
+    options.some((option) => option === "--prompt" || option.startsWith("--prompt="));
   await setUpForServing(options);
   const { main } = await import("../cli/dist/index.js");
   process.exit(await main(["up", ...(asked ? [] : ["--prompt", FIRST_PROMPT]), ...options]));

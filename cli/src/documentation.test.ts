@@ -54,6 +54,14 @@ describe("the reference pages", () => {
     }
   });
 
+  it("every option of every command has an environment twin, no two of one command the same", () => {
+    for (const { name, command } of leaves(program)) {
+      const twins = command.options.map((option) => option.envVar);
+      expect(twins, name).not.toContain(undefined);
+      expect(new Set(twins).size, name).toBe(twins.length);
+    }
+  });
+
   it("docs/cli.md tells of every command", () => {
     const text = page("cli.md");
     for (const { name } of leaves(program)) expect(text).toContain(`\n## kivimesh ${name}\n`);

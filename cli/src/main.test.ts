@@ -93,6 +93,27 @@ describe("the command line", () => {
     expect((await run("up", "--workers", "1", "--once")).notices).toContain("--once needs a --prompt");
   });
 
+  it("takes switches from the environment as on or off", async () => {
+    process.env.KIVIMESH_JSON = "1";
+    expect(JSON.parse((await run("models")).out)).toHaveProperty("available");
+    process.env.KIVIMESH_JSON = "0";
+    expect((await run("models")).out).toMatch(/^name +size +path/);
+    process.env.KIVIMESH_JSON = "perhaps";
+    expect(await run("models")).toMatchObject({
+      code: 2,
+      notices: expect.stringContaining("KIVIMESH_JSON: expected 1"),
+    });
+  });
+
+  it("takes mandatory and repeated options from the environment", async () => {
+    process.env.KIVIMESH_TEXT = "/no/such/file";
+    expect((await run("eval", "perplexity")).notices).toContain("cannot read /no/such/file");
+    process.env.KIVIMESH_ONCE = "true";
+    expect((await run("up")).notices).toContain("--once needs a --prompt");
+    process.env.KIVIMESH_TEMPERATURE = "hot";
+    expect((await run("run", "hi")).notices).toContain("KIVIMESH_TEMPERATURE");
+  });
+
   it("lists models as JSON", async () => {
     const { code, out } = await run("models", "--json");
     expect(code).toBe(0);

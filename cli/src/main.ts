@@ -12,12 +12,13 @@ import { addRunCommand } from "./commands/run.ts";
 import { addUpCommand } from "./commands/up.ts";
 import { addWorkerCommand } from "./commands/worker.ts";
 import { prepareDriverEnvironment } from "./driver-environment.ts";
+import { readSwitches } from "./option-values.ts";
 import { type Output, terminal } from "./output.ts";
 import { SetupError } from "./setup/setup-error.ts";
 import { UsageError } from "./usage-error.ts";
 
 const HELP = `
-Every option --some-name can be given as KIVIMESH_SOME_NAME where its help says so; a flag goes before the environment.
+Every option can be given in the environment, under the name that its help says; a flag goes before the environment.
 
 Examples:
   kivimesh pull smollm2-135m-instruct     fetch the default model
@@ -34,6 +35,7 @@ export function commandLine(context: CommandContext): Command {
     .version(version)
     .showHelpAfterError("(--help shows what is allowed)")
     .addHelpText("after", HELP)
+    .hook("preAction", (_, command) => readSwitches(command, process.env))
     .exitOverride();
   addUpCommand(program, context);
   addGatewayCommand(program, context);

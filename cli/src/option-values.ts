@@ -1,5 +1,6 @@
 /** Parsers of option values: each says what is allowed. Used for flags and their environment twins alike. */
-import { InvalidArgumentError, Option } from "commander";
+import { type Command, InvalidArgumentError, Option } from "commander";
+import { UsageError } from "./usage-error.ts";
 
 const LARGEST_PORT = 65_535;
 
@@ -60,4 +61,22 @@ export function list(text: string): string[] {
 export function option(flags: string, description: string): Option {
   const made = new Option(flags, description);
   return made.env(`KIVIMESH_${made.name().replaceAll("-", "_").toUpperCase()}`);
+}
+
+/**
+ * Gives switches (`--once`) their environment's value: for commander any value means "on", "0" too.
+ * @throws UsageError naming the variable, where it is neither on nor off.
+ */
+export function readSwitches(command: Command, environment: NodeJS.ProcessEnv): void {
+  for (const each of command.options) {
+    const { envVar } = each;
+    const name = each.attributeName();
+    const takesValue = each.required || each.optional;
+    if (envVar === undefined || takesValue || command.getOptionValueSource(name) !== "env") continue;
+    const value = environment[envVar] ?? "";
+    if (["1", "true"].includes(value)) continue;
+    if (!["", "0", "false"].includes(value))
+      throw new UsageError(`${envVar}: expected 1, true, 0 or false, got "${value}"`);
+    command.setOptionValueWithSource(name, undefined, "default");
+  }
 }

@@ -1,12 +1,13 @@
 /** The whole cluster in one process: queue, membership, cachestore, workers (each with an engine thread) and gateway. */
 import { setTimeout as sleep } from "node:timers/promises";
-import { startCachestore } from "@kivimesh/cachestore";
+import { type CachestoreServer, startCachestore } from "@kivimesh/cachestore";
 import { type Gateway, type GatewayConfig, startGateway } from "@kivimesh/gateway";
 import { ClusterError, type LogLevel } from "@kivimesh/proto";
 import { type EngineConfig, startWorker, type WorkerConfig, type WorkerService } from "@kivimesh/worker";
 import { Closers } from "./closers.ts";
 import { type ClusterSeams, embeddedSeams, redisSeams } from "./cluster-seams.ts";
 import { claimFolder, temporaryFolder } from "./data-folder.ts";
+import { metricsUrl } from "./metrics-url.ts";
 
 export interface EmbeddedClusterOptions {
   readonly workers: number;
@@ -27,6 +28,8 @@ export interface EmbeddedCluster {
   readonly httpUrl: string;
   readonly grpcAddress: string;
   readonly workers: readonly WorkerService[];
+  /** Of the gateway, each worker and the cachestore. */
+  readonly metricsUrls: readonly string[];
   /** Resolves if a worker's GPU or thread is gone. */
   readonly failed: Promise<Error>;
   /** Refuses new requests, lets running ones finish for up to `graceMs`, closes everything. */
@@ -39,7 +42,11 @@ const READY_TIMEOUT_MS = 60_000;
 const READY_POLL_MS = 20;
 const LOOPBACK = "127.0.0.1";
 
-async function openCachestore(options: EmbeddedClusterOptions, seams: ClusterSeams, closers: Closers): Promise<string> {
+async function openCachestore(
+  options: EmbeddedClusterOptions,
+  seams: ClusterSeams,
+  closers: Closers,
+): Promise<CachestoreServer> {
   const folder = options.dataDirectory === undefined ? temporaryFolder() : await claimFolder(options.dataDirectory);
   closers.add(async () => folder.release());
   if (folder.usedBy !== undefined) {
@@ -50,6 +57,7 @@ async function openCachestore(options: EmbeddedClusterOptions, seams: ClusterSea
   const cachestore = await startCachestore({
     host: LOOPBACK,
     port: 0,
+    metricsPort: 0,
     dataDirectory: folder.path,
     memoryBytes: options.cachestoreMemoryBytes,
     diskBytes: options.cachestoreDiskBytes,
@@ -58,7 +66,7 @@ async function openCachestore(options: EmbeddedClusterOptions, seams: ClusterSea
     id: "cachestore",
   });
   closers.add(() => cachestore.drain(WORKER_GRACE_MS));
-  return cachestore.address;
+  return cachestore;
 }
 
 async function openWorkers(
@@ -73,6 +81,7 @@ async function openWorkers(
       id: `worker-${index + 1}`,
       host: LOOPBACK,
       port: 0,
+      metricsPort: 0,
       cachestoreAddress,
       logLevel: options.logLevel,
     };
@@ -116,13 +125,18 @@ export async function startEmbeddedCluster(options: EmbeddedClusterOptions): Pro
     // The gateway's ports come first: a taken one must be told before a model is loaded.
     const gateway = await startGateway(options.gateway, seams);
     open.gateway.add(() => gateway.close());
-    const cachestoreAddress = await openCachestore(options, seams, open.services);
-    const workers = await openWorkers(options, cachestoreAddress, seams, open.services);
+    const cachestore = await openCachestore(options, seams, open.services);
+    const workers = await openWorkers(options, cachestore.address, seams, open.services);
     await untilReady(gateway);
     return {
       httpUrl: gateway.httpUrl,
       grpcAddress: gateway.grpcAddress,
       workers,
+      metricsUrls: [
+        `${gateway.httpUrl}/metrics`,
+        ...workers.flatMap((worker) => worker.metricsUrl ?? []),
+        metricsUrl(cachestore),
+      ],
       failed: Promise.race(workers.map((worker) => worker.failed)),
       async drain(graceMs) {
         await gateway.drain(graceMs);

@@ -34,7 +34,7 @@ export function addBenchCommand(program: Command, context: CommandContext): void
     .addOption(option("--batch <n>", "sequences at once").argParser(integer(1, 1024)).default(1))
     .addOption(option("--prompt-tokens <n>", "tokens of each prompt").argParser(integer(1)).default(512))
     .addOption(option("--output-tokens <n>", "tokens of each answer").argParser(integer(1)).default(64))
-    .option("--json", "as JSON")
+    .addOption(option("--json", "as JSON"))
     .addHelpText("after", EXAMPLES)
     .action((options: BenchOptions) => runEngineBench(options, context));
 }

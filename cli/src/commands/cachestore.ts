@@ -4,6 +4,7 @@ import { startCachestore } from "@kivimesh/cachestore";
 import type { Command } from "commander";
 import { cacheFolder } from "../cache-folder.ts";
 import { redisSeams } from "../cluster/cluster-seams.ts";
+import { metricsUrl } from "../cluster/metrics-url.ts";
 import { addListenerOptions, type ListenerOptions, listenerConfig } from "../listener-options.ts";
 import { address, bytes, option, port } from "../option-values.ts";
 import { closeWithin, serveUntil, startedUnlessEnded, terminationSignal } from "../shutdown.ts";
@@ -14,7 +15,7 @@ interface CachestoreOptions extends ListenerOptions {
   readonly dataDirectory?: string;
   readonly memoryBytes: number;
   readonly diskBytes: number;
-  readonly metricsPort?: number;
+  readonly metricsPort: number;
   readonly redis?: string;
   readonly id?: string;
   readonly advertisedAddress?: string;
@@ -48,7 +49,9 @@ export function addCachestoreCommand(program: Command, context: CommandContext):
     .addOption(
       option("--disk-bytes <bytes>", "limit of the disk tier").argParser(bytes).default(DEFAULT_DISK_BYTES, "16GiB"),
     )
-    .addOption(option("--metrics-port <port>", "serve /metrics, /healthz and /readyz there").argParser(port))
+    .addOption(
+      option("--metrics-port <port>", "/metrics, /healthz and /readyz; 0: any free one").argParser(port).default(0),
+    )
     .addOption(
       option(
         "--advertised-address <address>",
@@ -69,7 +72,7 @@ export function addCachestoreCommand(program: Command, context: CommandContext):
 async function cachestore(options: CachestoreOptions, { output }: CommandContext): Promise<void> {
   const termination = terminationSignal(output);
   const seams = options.redis === undefined ? undefined : redisSeams(options.redis, options.logLevel);
-  const { metricsPort, id, advertisedAddress } = options;
+  const { id, advertisedAddress } = options;
   try {
     const service = await startedUnlessEnded(
       termination,
@@ -80,13 +83,13 @@ async function cachestore(options: CachestoreOptions, { output }: CommandContext
         dataDirectory: options.dataDirectory ?? join(cacheFolder(), "cachestore"),
         memoryBytes: options.memoryBytes,
         diskBytes: options.diskBytes,
-        ...(metricsPort === undefined ? {} : { metricsPort }),
+        metricsPort: options.metricsPort,
         ...(id === undefined ? {} : { id }),
         ...(advertisedAddress === undefined ? {} : { advertisedAddress }),
         ...(seams === undefined ? {} : { membership: seams.membership }),
       }),
     );
-    output.notice(`cachestore ${service.id}: gRPC ${service.address}`);
+    output.notice(`cachestore ${service.id}: gRPC ${service.address}, metrics ${metricsUrl(service)}`);
     await serveUntil(termination.signal, service, options.drainTimeoutMs, output);
   } finally {
     if (seams !== undefined) await closeWithin(0, seams.close(), output);

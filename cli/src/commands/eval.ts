@@ -37,14 +37,14 @@ export function addEvalCommand(program: Command, context: CommandContext): void 
   const evaluate = program.command("eval").description("measure quality");
   addModelOptions(evaluate.command("perplexity"))
     .description("perplexity of a text for each KV format, in windows that do not overlap")
-    .requiredOption("--text <file>", "UTF-8 text")
+    .addOption(option("--text <file>", "UTF-8 text").makeOptionMandatory())
     .addOption(
       option("--kv-format <formats>", `one or more of ${KV_FORMAT_NAMES.join(", ")}, parted by commas`)
         .argParser(list)
         .default(["f16", "kivi2r"], "f16,kivi2r"),
     )
-    .option("--context <n>", "tokens of a window", integer(2), 1536)
-    .option("--json", "as JSON")
+    .addOption(option("--context <n>", "tokens of a window").argParser(integer(2)).default(1536))
+    .addOption(option("--json", "as JSON"))
     .addHelpText("after", EXAMPLES)
     .action((options: EvalOptions) => evalPerplexity(options, context));
 }

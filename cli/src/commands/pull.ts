@@ -46,7 +46,7 @@ export function addModelsCommand(program: Command, context: CommandContext): voi
   program
     .command("models")
     .description("list the models in the cache and those that can be pulled by name")
-    .option("--json", "as JSON")
+    .addOption(option("--json", "as JSON"))
     .addHelpText("after", "\nExample:\n  kivimesh models --json")
     .action((options: { json?: boolean }) => models(options.json === true, context));
 }

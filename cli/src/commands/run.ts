@@ -36,22 +36,30 @@ export function addRunCommand(program: Command, context: CommandContext): void {
     .addOption(
       option("--address <address>", "host:port of a gateway's gRPC API").argParser(address).default("127.0.0.1:50051"),
     )
-    .option("-m, --model <name>", "the served model's name (default: the only one)", "")
-    .option("--system <text>", "a system message before it")
-    .option("--raw", "continue the prompt as it is, without the chat template")
-    .option("--max-tokens <n>", "most tokens of the answer", integer(1))
-    .option("--temperature <t>", "0 is greedy", decimal(0, 2), 0)
-    .option("--top-p <p>", "sample from the likeliest tokens of this total probability", decimal(0, 1), 1)
-    .option("--top-k <n>", "sample from the n likeliest tokens; 0: all", integer(0), 0)
-    .option("--seed <n>", "same seed, same answer", integer(0))
-    .option(
-      "--stop <text>",
-      "end before this text; may be given up to four times",
-      (text, before: string[]) => [...before, text],
-      [],
+    // KIVIMESH_MODEL says what services load, by file or repository: another name than the one that is served.
+    .addOption(
+      option("-m, --model <name>", "the served model's name (default: the only one)")
+        .env("KIVIMESH_SERVED_MODEL")
+        .default("", ""),
     )
-    .option("--worker <id>", "run on this worker alone")
-    .option("--json", "the whole answer with its usage, as JSON")
+    .addOption(option("--system <text>", "a system message before it"))
+    .addOption(option("--raw", "continue the prompt as it is, without the chat template"))
+    .addOption(option("--max-tokens <n>", "most tokens of the answer").argParser(integer(1)))
+    .addOption(option("--temperature <t>", "0 is greedy").argParser(decimal(0, 2)).default(0))
+    .addOption(
+      option("--top-p <p>", "sample from the likeliest tokens of this total probability")
+        .argParser(decimal(0, 1))
+        .default(1),
+    )
+    .addOption(option("--top-k <n>", "sample from the n likeliest tokens; 0: all").argParser(integer(0)).default(0))
+    .addOption(option("--seed <n>", "same seed, same answer").argParser(integer(0)))
+    .addOption(
+      option("--stop <text>", "end before this text; may be given up to four times")
+        .argParser((text, before: string[]) => [...before, text])
+        .default([], ""),
+    )
+    .addOption(option("--worker <id>", "run on this worker alone"))
+    .addOption(option("--json", "the whole answer with its usage, as JSON"))
     .addHelpText("after", EXAMPLES)
     .action((prompt: string, options: RunOptions) => run(prompt, options, context));
 }

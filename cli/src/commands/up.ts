@@ -77,10 +77,10 @@ export function addUpCommand(program: Command, context: CommandContext): void {
     )
     .addOption(option("--cluster-secret <secret>", "key of the tenants' namespaces in block ids"));
   addListenerOptions(addEngineOptions(command), "warn", DRAIN_MS)
-    .option("--prompt <text>", "a first prompt: its answer is streamed here, then a report")
-    .option("--max-tokens <n>", "of the first prompt's answer", integer(1), 200)
-    .option("--once", "end after the first prompt's report")
-    .option("--report <file>", "write the report there as JSON")
+    .addOption(option("--prompt <text>", "a first prompt: its answer is streamed here, then a report"))
+    .addOption(option("--max-tokens <n>", "of the first prompt's answer").argParser(integer(1)).default(200))
+    .addOption(option("--once", "end after the first prompt's report"))
+    .addOption(option("--report <file>", "write the report there as JSON"))
     .addHelpText("after", EXAMPLES)
     .action((options: UpOptions) => up(options, context));
 }
@@ -164,7 +164,8 @@ async function up(options: UpOptions, context: CommandContext): Promise<void> {
     await closeWithin(0, cluster.drain(0), output);
   } else {
     if (!termination.signal.aborted) {
-      output.line(`HTTP  ${cluster.httpUrl}/v1\ngRPC  ${cluster.grpcAddress}\nCtrl-C ends the cluster.`);
+      output.line(`HTTP     ${cluster.httpUrl}/v1\ngRPC     ${cluster.grpcAddress}`);
+      output.line(`metrics  ${cluster.metricsUrls.join(" ")}\nCtrl-C ends the cluster.`);
     }
     await serveUntil(termination.signal, cluster, options.drainTimeoutMs, output);
   }

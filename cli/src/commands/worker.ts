@@ -20,7 +20,7 @@ interface WorkerOptions extends ModelOptions, EngineOptions, ListenerOptions {
   readonly redis: string;
   readonly id: string;
   readonly port: number;
-  readonly metricsPort?: number;
+  readonly metricsPort: number;
   readonly cachestore?: string;
 }
 
@@ -47,7 +47,9 @@ export function addWorkerCommand(program: Command, context: CommandContext): voi
         .argParser(port)
         .default(0),
     )
-    .addOption(option("--metrics-port <port>", "serve /metrics, /healthz and /readyz there").argParser(port))
+    .addOption(
+      option("--metrics-port <port>", "/metrics, /healthz and /readyz; 0: any free one").argParser(port).default(0),
+    )
     .addOption(
       option("--cachestore <address>", "host:port (default: the one that Redis names, if any)").argParser(address),
     );
@@ -77,7 +79,10 @@ async function worker(options: WorkerOptions, { output }: CommandContext): Promi
         seams,
       ),
     );
-    output.notice(`worker ${service.id}: ${service.model.name} on ${service.model.device}, gRPC ${service.address}`);
+    const { id, address: grpc, metricsUrl = "" } = service;
+    output.notice(
+      `worker ${id}: ${service.model.name} on ${service.model.device}, gRPC ${grpc}, metrics ${metricsUrl}`,
+    );
     await serveUntil(termination.signal, service, options.drainTimeoutMs, output);
   } finally {
     await closeWithin(0, seams.close(), output);
