@@ -115,7 +115,7 @@ export function formatReport(report: PromptReport): string {
       ["time to first token", `${report.ttftSeconds.toFixed(2)} s`],
       ["output", `${report.outputTokensPerSecond.toFixed(1)} tokens/s`],
       ["KV as f16", formatBytes(f16Bytes)],
-      [`KV as ${report.kvFormat}`, `${formatBytes(storedBytes)}${ratio}`],
+      ["KV as stored", `${formatBytes(storedBytes)}, ${report.kvFormat}${ratio}`],
       ["prompt tokens from", `GPU ${gpu}, peers ${peer}, cachestore ${cachestore}, computed ${computed}`],
     ],
   );

@@ -1,5 +1,6 @@
 /** The queue and the membership that services share: Redis's, or in this process. */
 import {
+  ClusterError,
   createLogger,
   type JobQueues,
   type LogLevel,
@@ -9,6 +10,7 @@ import {
   redisJobQueues,
   redisMembership,
 } from "@kivimesh/proto";
+import { UsageError } from "../usage-error.ts";
 
 export interface ClusterSeams {
   readonly jobQueues: JobQueues;
@@ -16,10 +18,23 @@ export interface ClusterSeams {
   close(): Promise<void>;
 }
 
-/** BullMQ and membership on Redis, for services in processes of their own. */
-export function redisSeams(url: string, logLevel: LogLevel): ClusterSeams {
+/**
+ * BullMQ and membership on Redis, for services in processes of their own.
+ * @throws UsageError where `url` is none, ClusterError QUEUE_UNAVAILABLE where no Redis answers: at the start that is a
+ *   wrong address more often than an outage, and it should be seen before a model is loaded.
+ */
+export async function redisSeams(url: string, logLevel: LogLevel): Promise<ClusterSeams> {
+  if (!URL.canParse(url) || !["redis:", "rediss:"].includes(new URL(url).protocol)) {
+    throw new UsageError(`--redis is ${JSON.stringify(url)}; it must be like redis://HOST:PORT`);
+  }
   const logger = createLogger("redis", logLevel);
   const jobQueues = redisJobQueues({ url, logger });
+  try {
+    await jobQueues.ping();
+  } catch (cause) {
+    await jobQueues.close();
+    throw new ClusterError("QUEUE_UNAVAILABLE", `no Redis answers at ${new URL(url).host}; is it running?`, { cause });
+  }
   const membership = redisMembership({ url, logger });
   return {
     jobQueues,

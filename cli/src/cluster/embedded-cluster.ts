@@ -120,7 +120,9 @@ export async function startEmbeddedCluster(options: EmbeddedClusterOptions): Pro
   };
   try {
     const seams =
-      options.redis === undefined ? await embeddedSeams(options.logLevel) : redisSeams(options.redis, options.logLevel);
+      options.redis === undefined
+        ? await embeddedSeams(options.logLevel)
+        : await redisSeams(options.redis, options.logLevel);
     open.seams.add(() => seams.close());
     // The gateway's ports come first: a taken one must be told before a model is loaded.
     const gateway = await startGateway(options.gateway, seams);

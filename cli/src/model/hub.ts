@@ -3,8 +3,10 @@ import { join } from "node:path";
 import { HubApiError, type ListFileEntry, listFiles, modelInfo } from "@huggingface/hub";
 import { ClusterError } from "@kivimesh/proto";
 import { byteProgress } from "../progress-bar.ts";
-import { modelFolder, recordModel } from "./model-cache.ts";
+import { SetupError } from "../setup/setup-error.ts";
+import { forgetModel, modelFolder, recordModel } from "./model-cache.ts";
 import type { HubReference } from "./model-source.ts";
+import { storageError } from "./storage-error.ts";
 import { downloadVerified, type FileDigest } from "./verified-download.ts";
 
 export interface HubOptions {
@@ -15,7 +17,12 @@ export interface HubOptions {
   readonly revision: string;
 }
 
-export function hubOptions(environment: NodeJS.ProcessEnv = process.env, revision = "main"): HubOptions {
+export const DEFAULT_REVISION = "main";
+
+export function hubOptions(
+  environment: NodeJS.ProcessEnv = process.env,
+  revision: string = DEFAULT_REVISION,
+): HubOptions {
   const endpoint = environment.HF_ENDPOINT?.replace(/\/+$/, "");
   return {
     endpoint: endpoint === undefined || endpoint === "" ? "https://huggingface.co" : endpoint,
@@ -43,6 +50,7 @@ function credentials(options: HubOptions): { accessToken?: string } {
 }
 
 function hubError(error: unknown, reference: HubReference, options: HubOptions): Error {
+  if (error instanceof SetupError) return error;
   if (!(error instanceof HubApiError)) {
     const cause = (error as Error & { cause?: Error }).cause?.message;
     const reason = `${(error as Error).message}${cause === undefined ? "" : `: ${cause}`}`;
@@ -58,11 +66,24 @@ function hubError(error: unknown, reference: HubReference, options: HubOptions):
   );
 }
 
+/** A hub that lists such a path wants to write elsewhere than into the model's folder. */
+function isInsideFolder(path: string): boolean {
+  return !path.includes("\\") && path.split("/").every((part) => part !== "" && part !== "." && part !== "..");
+}
+
 /**
  * The files to fetch: the named one, or the only GGUF file, or a folder of safetensors.
- * @throws ClusterError INVALID_ARGUMENT or MODEL_NOT_FOUND naming what the repository holds.
+ * @throws ClusterError INVALID_ARGUMENT or MODEL_NOT_FOUND naming what the repository holds; MODEL_FILE_INVALID where
+ *   a path leads out of a folder.
  */
 export function chooseFiles(files: readonly ListFileEntry[], reference: HubReference): ListFileEntry[] {
+  const outside = files.find((file) => !isInsideFolder(file.path));
+  if (outside !== undefined) {
+    throw new ClusterError(
+      "MODEL_FILE_INVALID",
+      `${reference.repository} lists ${JSON.stringify(outside.path)}, which is no path inside a folder`,
+    );
+  }
   const ggufs = files.filter((file) => file.path.toLowerCase().endsWith(".gguf"));
   const choices = ggufs.map((file) => `hf:${reference.repository}/${file.path}`).join(", ");
   if (reference.file !== undefined) {
@@ -130,6 +151,7 @@ export async function pullFromHub(
   const { commit, files } = await describeRepository(reference, options);
   const chosen = chooseFiles(files, reference);
   const folder = modelFolder(name);
+  await forgetModel(name);
   const headers: Record<string, string> =
     options.token === undefined ? {} : { Authorization: `Bearer ${options.token}` };
   for (const file of chosen) {
@@ -146,7 +168,7 @@ export async function pullFromHub(
         ...(signal === undefined ? {} : { signal }),
       });
     } catch (error) {
-      throw hubError(error, reference, options);
+      throw storageError(error, join(folder, file.path)) ?? hubError(error, reference, options);
     } finally {
       progress.stop();
     }
@@ -154,6 +176,7 @@ export async function pullFromHub(
   const only = chosen.length === 1 ? chosen[0]?.path : undefined;
   await recordModel({
     name,
+    requested: options.revision,
     source: `${options.endpoint}/${reference.repository}`,
     revision: commit,
     entry: only?.toLowerCase().endsWith(".gguf") === true ? only : ".",

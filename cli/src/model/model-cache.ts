@@ -2,9 +2,10 @@
  * Models on this machine: `<cache>/models/<name>/…`. A folder counts only with its manifest, which is written last, after
  * every file was verified; so what is listed is whole.
  */
+import { createHash } from "node:crypto";
 import { existsSync } from "node:fs";
-import { mkdir, readdir, readFile, rename, stat, writeFile } from "node:fs/promises";
-import { join } from "node:path";
+import { mkdir, readdir, readFile, rename, rm, stat, writeFile } from "node:fs/promises";
+import { join, normalize, relative } from "node:path";
 import { z } from "zod";
 import { cacheFolder } from "../cache-folder.ts";
 
@@ -15,6 +16,8 @@ const manifestSchema = z.object({
   source: z.string(),
   /** Commit or package version. */
   revision: z.string(),
+  /** Branch, tag or commit that was asked for at a hub. */
+  requested: z.string().optional(),
   /** What to load, inside the folder: a .gguf file, or "." for the whole folder. */
   entry: z.string(),
   files: z.array(z.object({ path: z.string(), bytes: z.number(), digest: z.string() })),
@@ -34,9 +37,15 @@ export function modelsFolder(): string {
   return join(cacheFolder(), "models");
 }
 
-/** The folder of a model: "hf:owner/name" becomes "hf--owner--name". */
+/**
+ * The folder of a model: "hf:owner/name" becomes "hf--owner--name". Names that would share one with another get a part
+ * of their hash behind it.
+ */
 export function modelFolder(name: string): string {
-  return join(modelsFolder(), name.replace(/^hf:/, "hf--").replaceAll("/", "--"));
+  const folder = name.replace(/^hf:/, "hf--").replaceAll("/", "--");
+  const ambiguous = name.split("/").some((part) => /--|^-|-$/.test(part));
+  const suffix = ambiguous ? `-${createHash("sha256").update(name).digest("hex").slice(0, 12)}` : "";
+  return join(modelsFolder(), `${folder}${suffix}`);
 }
 
 async function readManifest(folder: string): Promise<ModelManifest | undefined> {
@@ -62,8 +71,25 @@ async function cachedIn(folder: string): Promise<CachedModel | undefined> {
   return { manifest, path: join(folder, manifest.entry), bytes };
 }
 
-export function cachedModel(name: string): Promise<CachedModel | undefined> {
-  return cachedIn(modelFolder(name));
+/** The model of that name; undefined where it is not (wholly) here. */
+export async function cachedModel(name: string): Promise<CachedModel | undefined> {
+  const found = await cachedIn(modelFolder(name));
+  return found?.manifest.name === name ? found : undefined;
+}
+
+/** Makes a model not count any more: its files are about to be replaced. Files that the next one shares are kept. */
+export async function forgetModel(name: string): Promise<void> {
+  await rm(join(modelFolder(name), MANIFEST), { force: true });
+}
+
+/** Removes what another revision left in the folder. Downloads that another process may be at are kept. */
+async function removeOtherFiles(folder: string, manifest: ModelManifest): Promise<void> {
+  const kept = new Set([MANIFEST, ...manifest.files.map((file) => normalize(file.path))]);
+  for (const entry of await readdir(folder, { recursive: true, withFileTypes: true })) {
+    const path = join(entry.parentPath, entry.name);
+    const known = kept.has(relative(folder, path)) || entry.name.endsWith(".partial");
+    if (!entry.isDirectory() && !known) await rm(path, { force: true });
+  }
 }
 
 export async function cachedModels(): Promise<CachedModel[]> {
@@ -77,6 +103,7 @@ export async function cachedModels(): Promise<CachedModel[]> {
 export async function recordModel(manifest: ModelManifest): Promise<void> {
   const folder = modelFolder(manifest.name);
   await mkdir(folder, { recursive: true });
+  await removeOtherFiles(folder, manifest);
   const path = join(folder, MANIFEST);
   await writeFile(`${path}.partial`, `${JSON.stringify(manifest, undefined, 2)}\n`);
   await rename(`${path}.partial`, path);

