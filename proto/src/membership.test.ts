@@ -1,4 +1,5 @@
 import { Redis } from "ioredis";
+import { pino } from "pino";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
 import { localMembership } from "./local-membership.ts";
 import { createLogger } from "./logging.ts";
@@ -73,6 +74,21 @@ describe.each(backends)("%s membership", (_, open) => {
 });
 
 describe("Redis membership over processes and outages", () => {
+  it("tells a watcher that threw again, and logs what it threw as an error", async () => {
+    const lines: string[] = [];
+    const loud = pino({ level: "error" }, { write: (line: string) => void lines.push(line) });
+    const membership = redisMembership({ url: redis.url, logger: loud });
+    const seen: string[][] = [];
+    membership.watch("worker", (members) => {
+      seen.push(members.map((each) => each.id));
+      if (seen.length === 1) throw new Error("on purpose");
+    });
+    await expect.poll(() => seen.length).toBe(2);
+    expect(seen[1]).toEqual(seen[0]);
+    expect(lines.join("")).toContain("on purpose");
+    await membership.close();
+  });
+
   it("drops a member that falls silent, within its ttl", async () => {
     const dying = redisMembership({ url: redis.url, logger });
     const watching = redisMembership({ url: redis.url, logger });

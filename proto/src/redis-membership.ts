@@ -109,13 +109,22 @@ function watchIn(redis: Redis, role: MemberRole, callback: (members: Member[]) =
   let last: string | undefined;
   let stopped = false;
   let timer: NodeJS.Timeout | undefined;
+  /** Whether the watcher took the list; one that threw is told again at the next look. */
+  const tell = (members: Member[]): boolean => {
+    try {
+      callback(members);
+      return true;
+    } catch (error) {
+      logger.error({ err: error, role }, "a watcher of the membership failed; it is told again");
+      return false;
+    }
+  };
   const look = async () => {
     try {
       const members = await listFrom(redis, role);
       const now = JSON.stringify(members);
-      if (!stopped && now !== last) {
+      if (!stopped && now !== last && tell(members)) {
         last = now;
-        callback(members);
       }
     } catch (error) {
       logger.debug({ err: error, role }, "membership cannot be read; the last list stands");
