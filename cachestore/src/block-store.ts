@@ -30,6 +30,7 @@ export interface StoreStats {
   memoryBytes: number;
   memoryLimitBytes: number;
   diskBytes: number;
+  /** What blocks may take of the disk limit. */
   diskLimitBytes: number;
   leases: number;
   /** Blocks that lookups found. */

@@ -4,6 +4,7 @@ import {
   Cachestore,
   ClusterError,
   collectBlock,
+  hex,
   implementService,
   type ServiceBinding,
   type StoreRequest,
@@ -17,13 +18,19 @@ const maxIdsInRequest = 4_096;
 const maxUploads = 64;
 /** Largest block the store takes, in payload bytes. */
 const maxBlockBytes = 128 * 1024 * 1024;
+/** Payload bytes of all uploads under way together, beside the memory tier: room for two of the largest blocks. */
+const defaultPendingUploadBytes = 2 * maxBlockBytes;
 const retryAfterMs = 500;
 /** How long an upload may be silent, in milliseconds: a stuck client must not hold a place for ever. */
 const defaultUploadIdleMs = 10_000;
 
 /** The gRPC service over a store: checks requests, cuts blocks into chunks, bounds uploads. */
-export function cachestoreService(store: BlockStore, limits: { uploadIdleMs?: number } = {}): ServiceBinding {
+export function cachestoreService(
+  store: BlockStore,
+  limits: { uploadIdleMs?: number; pendingUploadBytes?: number } = {},
+): ServiceBinding {
   const uploadIdleMs = limits.uploadIdleMs ?? defaultUploadIdleMs;
+  const pending = new PendingBytes(limits.pendingUploadBytes ?? defaultPendingUploadBytes);
   let uploads = 0;
   return implementService(Cachestore, {
     async lookup({ blockIds, leaseMs }) {
@@ -48,7 +55,7 @@ export function cachestoreService(store: BlockStore, limits: { uploadIdleMs?: nu
       }
       uploads++;
       try {
-        return { stored: await receive(store, watched(requests, uploadIdleMs)) };
+        return { stored: await receive(store, watched(requests, uploadIdleMs), pending) };
       } finally {
         uploads--;
       }
@@ -92,8 +99,34 @@ export function cachestoreService(store: BlockStore, limits: { uploadIdleMs?: nu
   });
 }
 
+/** Bytes that uploads hold before the store has them. */
+class PendingBytes {
+  readonly #limit: number;
+  #taken = 0;
+
+  constructor(limit: number) {
+    this.#limit = limit;
+  }
+
+  /** Takes `bytes` until the returned function is called. Throws STORE_FULL where they are not free. */
+  take(bytes: number): () => void {
+    if (this.#taken + bytes > this.#limit) {
+      const problem = `uploads under way hold ${this.#taken} bytes; ${bytes} more would pass the limit of ${this.#limit}`;
+      throw new ClusterError("STORE_FULL", problem, { retryAfterMs });
+    }
+    this.#taken += bytes;
+    return () => {
+      this.#taken -= bytes;
+    };
+  }
+}
+
 /** Takes one upload. A block that is held already is not read at all. */
-async function receive(store: BlockStore, requests: AsyncIterable<StoreRequest>): Promise<boolean> {
+async function receive(
+  store: BlockStore,
+  requests: AsyncIterable<StoreRequest>,
+  pending: PendingBytes,
+): Promise<boolean> {
   const parts = requests[Symbol.asyncIterator]();
   const first = await parts.next();
   if (first.done || first.value.part.case !== "header") {
@@ -103,8 +136,18 @@ async function receive(store: BlockStore, requests: AsyncIterable<StoreRequest>)
   if (store.has(first.value.part.value.blockId)) {
     return false;
   }
-  const rest = { [Symbol.asyncIterator]: () => parts };
-  return store.store(await collectBlock(prepended(first.value, rest), maxBlockBytes));
+  const { blockId, payloadBytes } = first.value.part.value;
+  if (payloadBytes > BigInt(maxBlockBytes)) {
+    const problem = `block ${hex(blockId)} has ${payloadBytes} payload bytes; at most ${maxBlockBytes} are allowed`;
+    throw new ClusterError("KV_BLOCK_CORRUPT", problem);
+  }
+  const give = pending.take(Number(payloadBytes));
+  try {
+    const rest = { [Symbol.asyncIterator]: () => parts };
+    return await store.store(await collectBlock(prepended(first.value, rest), maxBlockBytes));
+  } finally {
+    give();
+  }
 }
 
 /** The same parts; throws DEADLINE_EXCEEDED when one takes longer than `idleMs` to come. */

@@ -180,6 +180,37 @@ describe("the service", () => {
     await store.close();
   });
 
+  it("bounds the bytes of all uploads under way, and takes more when they have ended", async () => {
+    const store = await openTieredStore({ directory: join(directory, "own"), memoryBytes: 0, diskBytes: 16 * MiB });
+    const own = await serveGrpc({ port: 0, services: [cachestoreService(store, { pendingUploadBytes: 25_000 })] });
+    const uploader = createClient(Cachestore, own.address);
+    const blocks = chain("a", 3);
+    let resume = () => {};
+    const gate = new Promise<void>((resolve) => {
+      resume = resolve;
+    });
+    let started = 0;
+    const paused = async function* (block: StoredBlock) {
+      for await (const part of upload(block)) {
+        yield part;
+        if (part.part.case === "header") {
+          started++;
+          await gate;
+        }
+      }
+    };
+    const first = blocks.slice(0, 2).map((block) => uploader.store(paused(block)));
+    await expect.poll(() => started).toBe(2);
+    await new Promise((resolve) => setTimeout(resolve, 100));
+    await expect(uploader.store(upload(blocks[2]!))).rejects.toMatchObject({ code: "STORE_FULL", retryAfterMs: 500 });
+    resume();
+    expect((await Promise.all(first)).map((answer) => answer.stored)).toEqual([true, true]);
+    await storeAll(uploader, [blocks[2]!]);
+    uploader.close();
+    await own.shutdown(100);
+    await store.close();
+  });
+
   it("refuses ids that cannot be", async () => {
     const code = "INVALID_ARGUMENT";
     await expect(client.lookup({ blockIds: [new Uint8Array(31)] })).rejects.toMatchObject({ code });

@@ -16,7 +16,7 @@ export interface CachestoreConfig {
   dataDirectory: string;
   /** Payload bytes kept in memory. Default 256 MiB; 0: none. */
   memoryBytes?: number;
-  /** Bytes of all blocks on disk. Default 8 GiB. */
+  /** Bytes of the LMDB file. Default 8 GiB. Blocks take at most half of it: LMDB needs the rest to reuse what was freed. */
   diskBytes?: number;
   /** Port of /metrics, /healthz and /readyz; left out: none. */
   metricsPort?: number;

@@ -12,7 +12,7 @@ export interface TieredStoreOptions {
   directory: string;
   /** Payload bytes kept in memory; 0: none. */
   memoryBytes: number;
-  /** Bytes of all blocks on disk, in whole pages. */
+  /** Bytes of the LMDB file; blocks take at most `blockPartOfFile` of it. */
   diskBytes: number;
   /** Milliseconds since 1970. Default: the clock. */
   now?: () => number;
@@ -22,11 +22,16 @@ export interface TieredStoreOptions {
   keptEvents?: number;
 }
 
-/** Eviction frees at least this part of the disk limit at once, so that a full store does not choose victims for every block. */
+/** Eviction frees at least this part of what blocks may take at once, so that a full store does not choose victims for every block. */
 const evictionStep = 1 / 32;
-/** Pins may take at most this part of the disk limit: the rest stays for new blocks. */
+/** Pins may take at most this part of what blocks may: the rest stays for new blocks. */
 const maxPinnedPart = 0.5;
 const storeFullRetryMs = 5_000;
+/**
+ * Part of the disk limit that blocks may take. LMDB never shrinks its file, frees pages only some transactions later, and
+ * wants those of one payload side by side: under steady eviction the file grows to about twice what lies in it.
+ */
+const blockPartOfFile = 0.5;
 
 /** Opens a store: a memory tier over LMDB, both bounded in bytes. Blocks of an earlier process are there again. */
 export async function openTieredStore(options: TieredStoreOptions): Promise<BlockStore> {
@@ -37,6 +42,8 @@ export async function openTieredStore(options: TieredStoreOptions): Promise<Bloc
 
 class TieredStore implements BlockStore {
   readonly #options: TieredStoreOptions;
+  /** Bytes of all blocks on disk, in whole pages. */
+  readonly #blockBytesLimit: number;
   readonly #disk: DiskTier;
   readonly #memory: LRUCache<string, StoredBlock> | undefined;
   readonly #index = new BlockIndex();
@@ -52,6 +59,7 @@ class TieredStore implements BlockStore {
 
   constructor(options: TieredStoreOptions, disk: DiskTier) {
     this.#options = options;
+    this.#blockBytesLimit = Math.floor(options.diskBytes * blockPartOfFile);
     this.#disk = disk;
     this.#now = options.now ?? Date.now;
     this.#leases = new LeaseTable(options.monotonicNow ?? (() => performance.now()));
@@ -80,7 +88,7 @@ class TieredStore implements BlockStore {
     if (damaged.length > 0) {
       await this.#disk.write({ remove: damaged, lastEvent: this.#events.lastNumber });
     }
-    const over = this.#index.bytes - this.#options.diskBytes;
+    const over = this.#index.bytes - this.#blockBytesLimit;
     if (over > 0) {
       await this.#drop(this.#victims(over), "evicted");
     }
@@ -126,8 +134,11 @@ class TieredStore implements BlockStore {
       }
       return undefined;
     }
-    this.#index.touch([indexed]);
-    this.#memory?.set(key, block);
+    // Evicted while the disk was read: these bytes are still good, but the memory tier holds only what the disk does.
+    if (this.#index.get(key) === indexed) {
+      this.#index.touch([indexed]);
+      this.#memory?.set(key, block);
+    }
     return block;
   }
 
@@ -205,7 +216,7 @@ class TieredStore implements BlockStore {
         continue;
       }
       const more = ttlMs === 0 || block.pinnedUntil > now ? 0 : block.bytes;
-      if (pinnedBytes + more > this.#options.diskBytes * maxPinnedPart) {
+      if (pinnedBytes + more > this.#blockBytesLimit * maxPinnedPart) {
         break;
       }
       pinnedBytes += more;
@@ -225,7 +236,7 @@ class TieredStore implements BlockStore {
       memoryBytes: this.#memory?.calculatedSize ?? 0,
       memoryLimitBytes: this.#options.memoryBytes,
       diskBytes: this.#index.bytes,
-      diskLimitBytes: this.#options.diskBytes,
+      diskLimitBytes: this.#blockBytesLimit,
       leases: this.#leases.size,
       ...this.#counts,
       lastEvent: this.#events.lastNumber,
@@ -240,8 +251,8 @@ class TieredStore implements BlockStore {
 
   async checkIntegrity(options: { payloads?: boolean } = {}): Promise<string[]> {
     const violations = [...this.#index.checkIntegrity(), ...this.#leases.checkIntegrity()];
-    if (this.#index.bytes > this.#options.diskBytes) {
-      violations.push(`${this.#index.bytes} bytes are held, ${this.#options.diskBytes} allowed`);
+    if (this.#index.bytes > this.#blockBytesLimit) {
+      violations.push(`${this.#index.bytes} bytes are held, ${this.#blockBytesLimit} allowed`);
     }
     const onDisk = new Set<string>();
     for (const entry of this.#disk.entries((id) => violations.push(`entry ${hex(id)} is damaged`))) {
@@ -277,7 +288,7 @@ class TieredStore implements BlockStore {
 
   /** The blocks that must go for `bytes` more. Throws STORE_FULL if not enough may. */
   #makeRoom(bytes: number): IndexedBlock[] {
-    const limit = this.#options.diskBytes;
+    const limit = this.#blockBytesLimit;
     const over = this.#index.bytes + this.#reservedBytes + bytes - limit;
     if (over <= 0) {
       return [];
