@@ -16,7 +16,7 @@ export interface ServedModel {
   readonly createdUnixSeconds: number;
 }
 
-/** Most models one gateway knows. */
+/** Most models one gateway knows; beyond it, the longest known that no worker serves is forgotten for a new one. */
 const maxModels = 64;
 
 /** Models by name. One name means one set of weights; a worker that disagrees with it is refused. */
@@ -24,9 +24,9 @@ export class ModelCatalogue {
   private readonly models = new Map<string, ServedModel>();
 
   /**
-   * The model that a worker describes; its tokenizer is built at the first sight of it. `replaceable` tells whether an
-   * equally named model with other weights may be forgotten. Throws MODEL_MISMATCH where it may not, MODEL_UNSUPPORTED
-   * or MODEL_FILE_INVALID where its tokenizer cannot be used.
+   * The model that a worker describes; its tokenizer is built at the first sight of it. `replaceable` tells whether a
+   * known model may be forgotten: no worker serves it. Throws MODEL_MISMATCH where a model with that name and other
+   * weights may not, or none of `maxModels`; MODEL_UNSUPPORTED or MODEL_FILE_INVALID where its tokenizer cannot be used.
    */
   add(described: GetModelResponse, nowMs: number, replaceable: (known: ServedModel) => boolean): ServedModel {
     const digestHex = hex(described.digest);
@@ -37,9 +37,7 @@ export class ModelCatalogue {
     if (known !== undefined && !replaceable(known)) {
       throw new ClusterError("MODEL_MISMATCH", `model ${described.name} is already served with other weights`);
     }
-    if (known === undefined && this.models.size >= maxModels) {
-      throw new ClusterError("MODEL_MISMATCH", `this gateway knows ${maxModels} models already`);
-    }
+    const forgotten = known ?? this.oneTooMany(replaceable);
     const model: ServedModel = {
       name: described.name,
       digest: described.digest.slice(),
@@ -58,8 +56,23 @@ export class ModelCatalogue {
       endTokenIds: described.endTokenIds,
       createdUnixSeconds: Math.floor(nowMs / 1000),
     };
+    if (forgotten !== undefined) {
+      this.models.delete(forgotten.name);
+    }
     this.models.set(model.name, model);
     return model;
+  }
+
+  /** The model that makes place for another, where one has to. */
+  private oneTooMany(replaceable: (known: ServedModel) => boolean): ServedModel | undefined {
+    if (this.models.size < maxModels) {
+      return undefined;
+    }
+    const unserved = [...this.models.values()].find(replaceable);
+    if (unserved === undefined) {
+      throw new ClusterError("MODEL_MISMATCH", `workers serve ${maxModels} models here already`);
+    }
+    return unserved;
   }
 
   list(): ServedModel[] {
