@@ -96,7 +96,8 @@ export type GenerateJob = Message<"kivimesh.v1.GenerateJob"> & {
   tenantNamespace: Uint8Array;
 
   /**
-   * 0: none.
+   * Unix time at which the request is given up; 0: none. Compared with the reader's own clock: the clocks of gateways and
+   * workers are assumed to agree within a second (NTP).
    *
    * @generated from field: int64 deadline_unix_ms = 14;
    */
