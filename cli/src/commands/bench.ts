@@ -41,14 +41,16 @@ export function addBenchCommand(program: Command, context: CommandContext): void
 
 async function runEngineBench(options: BenchOptions, { output }: CommandContext): Promise<void> {
   const { batch, promptTokens, outputTokens } = options;
+  const model = await modelConfig(options);
   const engine = await openEngine({
     maxContextTokens: promptTokens + outputTokens,
     ...dropUndefined(engineConfig(options)),
-    ...(await modelConfig(options)),
+    ...model,
     maxSequences: Math.max(batch, options.maxSequences ?? 0),
   });
   try {
-    const result = await benchEngine(engine, { batch, promptTokens, outputTokens });
+    const measured = await benchEngine(engine, { batch, promptTokens, outputTokens });
+    const result = { ...measured, model: model.modelName ?? measured.model };
     if (options.json === true) output.json(result);
     else output.line(format(result));
   } finally {

@@ -103,7 +103,7 @@ async function evalPerplexity(options: EvalOptions, { output }: CommandContext):
   } finally {
     model.close();
   }
-  if (options.json === true) output.json({ model: model.name, results });
+  if (options.json === true) output.json({ model: modelName ?? model.name, results });
   else {
     const rows = results.map((result) => [
       result.kvFormat,
