@@ -3,6 +3,7 @@
  * Its last line is `N passed, N failed`.
  */
 import { spawn } from "node:child_process";
+import { writeSync } from "node:fs";
 import { join } from "node:path";
 import { bootstrap, ROOT } from "./setup/bootstrap.mjs";
 import { fail } from "./setup/progress.mjs";
@@ -24,5 +25,6 @@ try {
     child.once("close", (code) => resolve(code ?? 1));
   });
 } catch (error) {
+  process.once("exit", () => writeSync(1, "0 passed, 1 failed\n"));
   fail(error);
 }

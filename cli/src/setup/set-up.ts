@@ -22,7 +22,8 @@ export async function setUpForServing(options: readonly string[]): Promise<void>
   if (options.includes("--help") || options.includes("-h")) return;
   prepareDriverEnvironment();
   await ensureVulkanDriver();
-  if (options.some((option) => option.startsWith("--load-format"))) return;
+  const dummy = process.env.KIVIMESH_LOAD_FORMAT === "dummy";
+  if (dummy || options.some((option) => option.startsWith("--load-format"))) return;
   const index = Math.max(options.indexOf("--model"), options.indexOf("-m"));
   const inline = options.find((option) => option.startsWith("--model="))?.slice("--model=".length);
   const model = inline ?? (index >= 0 ? options[index + 1] : undefined) ?? process.env.KIVIMESH_MODEL ?? DEFAULT_MODEL;
