@@ -22,6 +22,8 @@ export interface GatewayLimits {
   requestTimeoutMs: number;
   /** How long the queue may take to accept a job. */
   queueTimeoutMs: number;
+  /** How long a worker has to be away before its queue, and the prompts in it, are removed. */
+  queueGraceMs: number;
   /** How long a stopped attempt may take to report its usage. */
   abortWaitMs: number;
   /** Silence on an event stream after which its SSE client gets a comment. */
@@ -40,6 +42,7 @@ export const defaultGatewayLimits: GatewayLimits = {
   workerWaitMs: 10_000,
   requestTimeoutMs: 600_000,
   queueTimeoutMs: 3_000,
+  queueGraceMs: 60_000,
   abortWaitMs: 5_000,
   ssePingMs: 15_000,
   keepaliveMs: 1_000,

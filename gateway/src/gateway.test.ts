@@ -1,6 +1,7 @@
 /** What clients see when parts of the cluster fail, drain or overflow. */
 import { setTimeout as delay } from "node:timers/promises";
-import { type JobQueues, pgliteJobQueues } from "@kivimesh/proto";
+import { create } from "@bufbuild/protobuf";
+import { GenerateJobSchema, type JobQueues, pgliteJobQueues } from "@kivimesh/proto";
 import OpenAI from "openai";
 import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
 import type { GatewayConfig } from "./config.ts";
@@ -187,6 +188,21 @@ describe("draining", () => {
     expect(Date.now() - started).toBeLessThan(2_500);
     await expect(done).rejects.toThrow(/shutting down/);
     await until("the abort", () => workers[0]!.aborts.length > 0);
+  });
+});
+
+describe("queues of workers", () => {
+  it("that are gone for good are removed, whoever left them; those of live ones stay", async () => {
+    await queues.enqueue("ghost", create(GenerateJobSchema, { requestId: "r", epoch: 1, tokens: [1, 2, 3] }));
+    const { workers, gateway } = await start(["a"], { limits: { queueGraceMs: 300 } });
+    expect((await ask(gateway)).status).toBe(200);
+    expect(await queues.workerIds()).toEqual(expect.arrayContaining(["a", "ghost"]));
+    await until("no queue of the ghost", async () => !(await queues.workerIds()).includes("ghost"));
+    await delay(500);
+    expect(await queues.workerIds()).toContain("a");
+    expect((await ask(gateway)).status).toBe(200);
+    await workers[0]!.close();
+    await until("no queue of the worker", async () => !(await queues.workerIds()).includes("a"));
   });
 });
 

@@ -15,6 +15,7 @@ import { dashboardState, readDashboardPage } from "./dashboard.ts";
 import { httpServer } from "./http-server.ts";
 import { inferenceService } from "./inference-service.ts";
 import { GatewayMetrics } from "./metrics.ts";
+import { QueueJanitor } from "./queue-janitor.ts";
 import { QueueMonitor } from "./queue-monitor.ts";
 import { TextGenerator } from "./text-generation.ts";
 import { WorkerRegistry } from "./worker-registry.ts";
@@ -65,6 +66,7 @@ interface GatewayParts {
   readonly metrics: GatewayMetrics;
   readonly registry: WorkerRegistry;
   readonly monitor: QueueMonitor;
+  readonly janitor: QueueJanitor;
   readonly coordinator: Coordinator;
   readonly generator: TextGenerator;
 }
@@ -89,6 +91,8 @@ function composeGateway(config: ResolvedGatewayConfig, seams: GatewaySeams, log:
   });
   const liveIds = () => registry.live().map((worker) => worker.id);
   const monitor = new QueueMonitor(jobQueues, liveIds, limits.queueTimeoutMs, log);
+  const connectedIds = () => registry.connected().map((worker) => worker.id);
+  const janitor = new QueueJanitor({ jobQueues, membership, connectedIds, graceMs: limits.queueGraceMs, log });
   const coordinator = new Coordinator({ gatewayId, jobQueues, registry, monitor, limits, log, observer: metrics });
   const generator = new TextGenerator({
     coordinator,
@@ -97,11 +101,11 @@ function composeGateway(config: ResolvedGatewayConfig, seams: GatewaySeams, log:
     maxCompletionTokens: limits.maxCompletionTokens,
   });
   metrics.watch({ registry, coordinator, monitor }, true);
-  return { metrics, registry, monitor, coordinator, generator };
+  return { metrics, registry, monitor, janitor, coordinator, generator };
 }
 
 async function listen(config: ResolvedGatewayConfig, parts: GatewayParts, log: Logger): Promise<Gateway> {
-  const { metrics, registry, monitor, coordinator, generator } = parts;
+  const { metrics, registry, monitor, janitor, coordinator, generator } = parts;
   const http = httpServer({
     config,
     generator,
@@ -135,6 +139,7 @@ async function listen(config: ResolvedGatewayConfig, parts: GatewayParts, log: L
   }
   registry.start();
   await monitor.start();
+  janitor.start();
   const health = setInterval(() => grpc.setServing(notReady(parts) === undefined), healthEveryMs);
   const drain = async (graceMs: number) => {
     const ended = coordinator.drain(graceMs);
@@ -143,6 +148,7 @@ async function listen(config: ResolvedGatewayConfig, parts: GatewayParts, log: L
     clearInterval(health);
     await Promise.all([http.close(closeGraceMs), grpc.shutdown(closeGraceMs)]);
     monitor.close();
+    await janitor.close();
     registry.close();
     log.info("gateway closed");
   };

@@ -2,9 +2,11 @@ import { mkdtemp, readdir, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { create, type MessageInitShape } from "@bufbuild/protobuf";
+import { Queue } from "bullmq";
+import { Redis } from "ioredis";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
 import { type GenerateJob, GenerateJobSchema } from "./gen/kivimesh/v1/worker_pb.ts";
-import type { JobConsumer, JobQueues } from "./job-queue.ts";
+import { type JobConsumer, type JobQueues, jobQueuesOver, queueOptions } from "./job-queue.ts";
 import { createLogger } from "./logging.ts";
 import { pgliteJobQueues } from "./postgres-job-queues.ts";
 import { redisJobQueues } from "./redis-job-queues.ts";
@@ -159,6 +161,23 @@ describe.each(backends)("%s job queues", (_, open) => {
     expect(consumer.activeJobs()).toBe(0);
   });
 
+  it("forget all of a worker, name those that are left, and serve it again when it comes back", async () => {
+    await queues.enqueue("gone", job("waits"));
+    await queues.enqueue("stays", job("waits"));
+    expect(await queues.workerIds()).toEqual(expect.arrayContaining(["gone", "stays"]));
+    await queues.forget("gone");
+    const left = await queues.workerIds();
+    expect(left).toContain("stays");
+    expect(left).not.toContain("gone");
+    const received: string[] = [];
+    const consumer = await queues.consume("gone", async (each) => void received.push(each.requestId), {
+      concurrency: 1,
+    });
+    await queues.enqueue("gone", job("anew"));
+    await expect.poll(() => received).toEqual(["anew"]);
+    await consumer.close();
+  });
+
   it("take 200 jobs through in a few seconds", async () => {
     let done = 0;
     const consumer = await queues.consume("fast", async () => void done++, { concurrency: 16 });
@@ -176,6 +195,40 @@ describe.each(backends)("%s job queues", (_, open) => {
     await expect(queues.enqueue("a", job("x:y"))).rejects.toMatchObject({ code });
     await expect(queues.enqueue("a", job("x"), { priority: -1 })).rejects.toMatchObject({ code });
     await expect(queues.ping()).resolves.toBeUndefined();
+  });
+});
+
+describe("the sending ends of queues", () => {
+  it("are closed when nobody uses them, and open again", async () => {
+    const connection = new Redis(redis.url);
+    const open = new Set<string>();
+    const queueNamed = (name: string) => {
+      const queue = new Queue(name, { ...queueOptions, connection });
+      open.add(name);
+      const close = queue.close.bind(queue);
+      queue.close = async () => {
+        open.delete(name);
+        await close();
+      };
+      return queue;
+    };
+    const store = {
+      queue: queueNamed,
+      worker: () => expect.unreachable(),
+      names: async () => [],
+      ping: () => connection.ping(),
+      close: async () => connection.disconnect(),
+    };
+    const queues = jobQueuesOver(store, logger, 100);
+    await queues.enqueue("idle-a", job("a"));
+    await queues.enqueue("idle-b", job("b"));
+    expect([...open]).toEqual(["kivimesh-worker-idle-a", "kivimesh-worker-idle-b"]);
+    await new Promise((resolve) => setTimeout(resolve, 150));
+    expect(await queues.counts("idle-b")).toEqual({ waiting: 1, active: 0 });
+    await queues.ping();
+    expect([...open]).toEqual(["kivimesh-worker-idle-b"]);
+    await queues.close();
+    expect(open.size).toBe(0);
   });
 });
 

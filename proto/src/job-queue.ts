@@ -32,6 +32,10 @@ export interface JobQueues {
   remove(workerId: string, requestId: string, epoch: number): Promise<boolean>;
   counts(workerId: string): Promise<QueueCounts>;
   consume(workerId: string, handler: JobHandler, options: { concurrency: number }): Promise<JobConsumer>;
+  /** Every worker that the store holds anything of, dead ones included. */
+  workerIds(): Promise<string[]>;
+  /** Removes all that the store holds of a worker that will not come back, running jobs included. */
+  forget(workerId: string): Promise<void>;
   /** Resolves if the queue's store answers. */
   ping(): Promise<void>;
   close(): Promise<void>;
@@ -41,6 +45,9 @@ export interface JobQueues {
 export const queueDeadlineMs = 3_000;
 /** Largest BullMQ priority. */
 export const maxJobPriority = 2_097_151;
+/** After this time without use the sending end of a queue is closed, in milliseconds. Much longer than any operation. */
+const defaultSenderIdleMs = 60_000;
+const queuePrefix = "kivimesh-worker-";
 /** What a client is told to wait when the queue is away, in milliseconds. */
 const retryAfterMs = 1_000;
 /** How long a leaving consumer waits for its store before it breaks the connection, in milliseconds. */
@@ -57,6 +64,9 @@ interface BackedQueue {
   getJob(jobId: string): Promise<unknown>;
   remove(jobId: string): Promise<number>;
   getJobCounts(...states: ("waiting" | "prioritized" | "active")[]): Promise<Record<string, number>>;
+  pause(): Promise<void>;
+  resume(): Promise<void>;
+  obliterate(options: { force: boolean }): Promise<void>;
   on(event: "error", listener: (error: Error) => void): unknown;
   close(): Promise<void>;
 }
@@ -80,6 +90,8 @@ interface BackedJob {
 export interface QueueStore {
   queue(name: string): BackedQueue;
   worker(name: string, processor: (job: BackedJob, token?: string) => Promise<void>, concurrency: number): BackedWorker;
+  /** Names of all queues that start with `prefix`. */
+  names(prefix: string): Promise<string[]>;
   ping(): Promise<unknown>;
   close(): Promise<void>;
 }
@@ -97,19 +109,14 @@ export const workerOptions = {
 } as const;
 
 /** Job queues over any BullMQ store. */
-export function jobQueuesOver(store: QueueStore, logger: Logger): JobQueues {
-  const queues = new Map<string, BackedQueue>();
+export function jobQueuesOver(
+  store: QueueStore,
+  logger: Logger,
+  senderIdleMs: number = defaultSenderIdleMs,
+): JobQueues {
+  const senders = new QueueSenders(store, logger, senderIdleMs);
   const consumers = new Set<JobConsumer>();
-  const queueOf = (workerId: string) => {
-    const name = queueName(workerId);
-    let queue = queues.get(name);
-    if (queue === undefined) {
-      queue = store.queue(name);
-      queue.on("error", (error) => logger.debug({ err: error, queue: name }, "queue connection"));
-      queues.set(name, queue);
-    }
-    return queue;
-  };
+  const queueOf = (workerId: string) => senders.get(queueName(workerId));
   return {
     async enqueue(workerId, job, options = {}) {
       const jobId = jobIdOf(job.requestId, job.epoch);
@@ -128,6 +135,8 @@ export function jobQueuesOver(store: QueueStore, logger: Logger): JobQueues {
       return { waiting: (counts.waiting ?? 0) + (counts.prioritized ?? 0), active: counts.active ?? 0 };
     },
     async consume(workerId, handler, { concurrency }) {
+      // A `forget` that was interrupted leaves the queue paused.
+      await withinDeadline(queueOf(workerId).resume());
       const consumer = await openConsumer(store, queueName(workerId), handler, concurrency, logger);
       const tracked: JobConsumer = {
         ...consumer,
@@ -139,15 +148,77 @@ export function jobQueuesOver(store: QueueStore, logger: Logger): JobQueues {
       consumers.add(tracked);
       return tracked;
     },
+    async workerIds() {
+      const names = await withinDeadline(store.names(queuePrefix));
+      return names.map((name) => name.slice(queuePrefix.length)).sort();
+    },
+    async forget(workerId) {
+      const queue = queueOf(workerId);
+      await withinDeadline(queue.pause());
+      await withinDeadline(queue.obliterate({ force: true }));
+      await senders.close(queueName(workerId));
+    },
     async ping() {
+      senders.closeIdle();
       await withinDeadline(store.ping());
     },
     async close() {
       await Promise.all([...consumers].map((consumer) => consumer.close()));
-      await Promise.all([...queues.values()].map((queue) => settle(queue.close(), closeGraceMs)));
+      await senders.closeAll();
       await settle(store.close(), closeGraceMs);
     },
   };
+}
+
+/** The sending ends of queues. Those of workers that are no longer asked for are closed, whoever forgot to say so. */
+class QueueSenders {
+  readonly #store: QueueStore;
+  readonly #logger: Logger;
+  readonly #idleMs: number;
+  /** By name, the longest unused first. */
+  readonly #senders = new Map<string, { queue: BackedQueue; usedMs: number }>();
+
+  constructor(store: QueueStore, logger: Logger, idleMs: number) {
+    this.#store = store;
+    this.#logger = logger;
+    this.#idleMs = idleMs;
+  }
+
+  get(name: string): BackedQueue {
+    this.closeIdle();
+    const queue = this.#senders.get(name)?.queue ?? this.#open(name);
+    this.#senders.delete(name);
+    this.#senders.set(name, { queue, usedMs: performance.now() });
+    return queue;
+  }
+
+  closeIdle(): void {
+    const oldest = performance.now() - this.#idleMs;
+    for (const [name, { usedMs }] of this.#senders) {
+      if (usedMs > oldest) {
+        break;
+      }
+      void this.close(name);
+    }
+  }
+
+  async close(name: string): Promise<void> {
+    const sender = this.#senders.get(name);
+    this.#senders.delete(name);
+    if (sender !== undefined) {
+      await settle(sender.queue.close(), closeGraceMs);
+    }
+  }
+
+  async closeAll(): Promise<void> {
+    await Promise.all([...this.#senders.keys()].map((name) => this.close(name)));
+  }
+
+  #open(name: string): BackedQueue {
+    const queue = this.#store.queue(name);
+    queue.on("error", (error) => this.#logger.debug({ err: error, queue: name }, "queue connection"));
+    return queue;
+  }
 }
 
 async function openConsumer(
@@ -206,7 +277,7 @@ function queueName(workerId: string): string {
   if (!/^[\w.-]{1,128}$/.test(workerId)) {
     throw new ClusterError("INVALID_ARGUMENT", `worker id "${workerId}" is not 1 to 128 of A-Z a-z 0-9 _ . -`);
   }
-  return `kivimesh-worker-${workerId}`;
+  return queuePrefix + workerId;
 }
 
 function jobIdOf(requestId: string, epoch: number): string {

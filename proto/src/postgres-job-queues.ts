@@ -50,12 +50,20 @@ async function prepareSchema(pool: PgPool): Promise<void> {
   }
 }
 
+const queueNamesSql = ["job", "meta", "event"]
+  .map((table) => `SELECT queue FROM ${DEFAULT_SCHEMA}.${table} WHERE starts_with(queue, $1)`)
+  .join(" UNION ");
+
 function queuesOver(pool: PgPool, logger: Logger, close: () => Promise<void>): JobQueues {
   return jobQueuesOver(
     {
       queue: (name) => new Queue(name, { ...queueOptions, connection: pool }, createPostgresBackend),
       worker: (name, processor, concurrency) =>
         new Worker(name, processor, { ...workerOptions, concurrency, connection: pool }, createPostgresBackend),
+      names: async (prefix) => {
+        const { rows } = await pool.query<{ queue: string }>(queueNamesSql, [prefix]);
+        return rows.map((row) => row.queue);
+      },
       ping: () => pool.query("SELECT 1"),
       close,
     },
