@@ -158,7 +158,11 @@ export class Coordinator {
       return;
     }
     const entry = run.ledger.enter(message.epoch, message.index, message.ids);
-    if (entry.kind === "gap") {
+    if (entry.kind === "gap" && run.stopping !== undefined) {
+      // Its reader has all it wants: another attempt would only make tokens for nobody.
+      this.endAttempt(run);
+      this.finish(run, undefined);
+    } else if (entry.kind === "gap") {
       this.requeue(run, "gap", new ClusterError("WORKER_LOST", "tokens of the worker were lost"));
     } else if (entry.kind === "fresh" && entry.ids.length > 0 && run.stopping === undefined) {
       this.measure(run, entry.ids.length);

@@ -102,6 +102,19 @@ describe("a worker that fails", () => {
     expect(await metric(gateway, 'kivimesh_gateway_requeues_total{reason="gap"}')).toBe(1);
   });
 
+  it("may lose messages of a request that has all it wants: it ends, and moves nowhere", async () => {
+    const { workers, gateway } = await start(["a", "b"]);
+    const [worker] = workers;
+    Object.assign(worker!.behaviour, { pauseAt: 20, skipIndex: 21, ignoresAborts: true });
+    const body = { model: "scripted", messages, stop: ["quick"] };
+    const answered = client(gateway).chat.completions.create(body, { headers: { "x-kivimesh-worker": "a" } });
+    await until("the abort", () => worker!.aborts.length > 0);
+    worker!.behaviour.pauseAt = Number.POSITIVE_INFINITY;
+    expect((await answered).choices[0]).toMatchObject({ message: { content: "The " }, finish_reason: "stop" });
+    expect(workers.map((each) => each.jobs.length)).toEqual([1, 0]);
+    expect(await metric(gateway, 'kivimesh_gateway_requeues_total{reason="gap"}')).toBeUndefined();
+  });
+
   it("and refuses a job for its own reasons is avoided; when all refuse, the client gets the reason", async () => {
     const { workers, gateway } = await start(["a", "b"]);
     workers[0]!.behaviour.failure = "PAGE_POOL_EXHAUSTED";

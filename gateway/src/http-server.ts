@@ -128,6 +128,8 @@ async function complete(
   reply.raw.once("close", () => {
     if (!reply.raw.writableFinished) gone.abort();
   });
+  // A client that left while its body was parsed has closed already, and "close" comes once.
+  if (reply.raw.destroyed) gone.abort();
   const generation = await options.generator.start(request.generation, gone.signal);
   const answer = new OpenAiAnswer(endpoint, {
     requestId: generation.requestId,

@@ -190,6 +190,7 @@ describe("reflection", () => {
       new ServerReflectionRequest().setListServices(""),
       new ServerReflectionRequest().setFileContainingSymbol("kivimesh.v1.Cachestore"),
       new ServerReflectionRequest().setFileByFilename("kivimesh/v1/kv_block.proto"),
+      new ServerReflectionRequest().setFileContainingSymbol("grpc.health.v1.Health"),
     ];
     const ask = async function* () {
       yield* questions;
@@ -203,12 +204,17 @@ describe("reflection", () => {
         ?.getListServicesResponse()
         ?.getServiceList()
         .map((each) => each.getName()),
-    ).toEqual(["kivimesh.v1.Cachestore"]);
+    ).toEqual(["kivimesh.v1.Cachestore", "grpc.health.v1.Health"]);
     const files = answers.slice(1).map((answer) => {
       const bytes = answer.getFileDescriptorResponse()?.getFileDescriptorProtoList_asU8()[0];
       return fromBinary(FileDescriptorProtoSchema, bytes!);
     });
-    expect(files.map((file) => file.name)).toEqual(["kivimesh/v1/cachestore.proto", "kivimesh/v1/kv_block.proto"]);
+    expect(files.map((file) => file.name)).toEqual([
+      "kivimesh/v1/cachestore.proto",
+      "kivimesh/v1/kv_block.proto",
+      "grpc/health/v1/health.proto",
+    ]);
+    expect(files[2]?.service[0]?.method.map((method) => method.name)).toEqual(["Check", "Watch"]);
     expect(files[0]?.dependency).toEqual(["kivimesh/v1/kv_block.proto"]);
     channel.close();
   });

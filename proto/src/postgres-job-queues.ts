@@ -1,12 +1,35 @@
 import { createPostgresBackend, DEFAULT_SCHEMA, type PgPool, Queue, runMigrations, Worker } from "bullmq";
+import { ClusterError } from "./errors.ts";
 import { type JobQueues, jobQueuesOver, queueOptions, workerOptions } from "./job-queue.ts";
 import { createLogger, type Logger } from "./logging.ts";
 import { openPglitePool, type PglitePool } from "./pglite-pool.ts";
 import { openFromTemplate } from "./pglite-template.ts";
 
-/** Job queues in Postgres (BullMQ's own backend). Brings the schema up to date; `pool` stays its owner's. */
+/** BullMQ's queries name no schema. */
+const searchPathSql = `SET search_path TO ${DEFAULT_SCHEMA}`;
+
+/**
+ * Job queues in Postgres (BullMQ's own backend). Brings the schema up to date; `pool` stays its owner's, but every
+ * connection that it opens from now on looks into BullMQ's schema only.
+ *
+ * @throws ClusterError INVALID_ARGUMENT for a pool that has connections already: those would look elsewhere.
+ */
 export async function postgresJobQueues(options: { pool: PgPool; logger?: Logger }): Promise<JobQueues> {
-  await prepareSchema(options.pool);
+  const { pool } = options;
+  if ((pool as { totalCount?: number }).totalCount) {
+    throw new ClusterError(
+      "INVALID_ARGUMENT",
+      "the pool has connections already: give the queues a pool of their own",
+      {
+        parameter: "pool",
+      },
+    );
+  }
+  // A connection runs its queries in order: this one comes before any that asked for it.
+  pool.on("connect", (client) => {
+    client.query(searchPathSql).catch((error: Error) => options.logger?.error({ err: error }, "search path"));
+  });
+  await prepareSchema(pool);
   return queuesOver(options.pool, options.logger ?? createLogger("queue", "warn"), async () => {});
 }
 
@@ -43,8 +66,8 @@ async function prepareSchema(pool: PgPool): Promise<void> {
   const client = await pool.connect();
   try {
     await runMigrations(client);
-    // BullMQ's queries name no schema. One session serves all of an embedded pool; a real pool sets it for each connection.
-    await client.query(`SET search_path TO ${DEFAULT_SCHEMA}`);
+    // One session serves all of an embedded pool, and tells nobody that it connects.
+    await client.query(searchPathSql);
   } finally {
     client.release();
   }

@@ -67,6 +67,8 @@ export interface Behaviour {
   repeats: boolean;
   /** Leaves out the message that contains this completion index, once. */
   skipIndex: number | undefined;
+  /** Goes on after an abort, as one that has not heard it yet. */
+  ignoresAborts: boolean;
 }
 
 export interface ScriptedWorkerOptions {
@@ -106,7 +108,7 @@ export class ScriptedWorker {
     this.tokenizer = new ModelTokenizer(this.source);
     this.behaviour = {
       ...{ answer: "Hello 😀 world", delayMs: 1, tokensPerMessage: 2, pauseAt: Number.POSITIVE_INFINITY },
-      ...{ failure: undefined, repeats: false, skipIndex: undefined },
+      ...{ failure: undefined, repeats: false, skipIndex: undefined, ignoresAborts: false },
       ...options.behaviour,
     };
   }
@@ -298,7 +300,8 @@ export class ScriptedWorker {
   }
 
   private isOver(job: GenerateJob): boolean {
-    return this.dead || this.aborted.has(`${job.requestId}.${job.epoch}`);
+    if (this.dead) return true;
+    return !this.behaviour.ignoresAborts && this.aborted.has(`${job.requestId}.${job.epoch}`);
   }
 
   private usage(job: GenerateJob): object {
