@@ -68,6 +68,10 @@ describe("the command line", () => {
     [["run", " "], "the prompt is empty"],
     [["eval", "perplexity", "--text", "no-such-file", "--kv-format", "f16,kivi9"], "unknown KV format kivi9"],
     [["eval", "perplexity", "--text", "/no/such/file"], "cannot read /no/such/file"],
+    [["up", "--once", "--prompt", " "], "--prompt is empty"],
+    [["up", "--once", "--prompt", "hi", "--report", "/no/such/folder/report.json"], "/no/such/folder does not exist"],
+    [["run", "hi", ...["a", "b", "c", "d", "e"].flatMap((text) => ["--stop", text])], "at most 4"],
+    [["gateway", "--redis", "foo"], "it must be like redis://HOST:PORT"],
     [["pull", "hf:only-an-owner"], "not of the form hf:owner/repository"],
   ])("exits 2 and says what is allowed: %j", async (argv, message) => {
     const { code, notices } = await run(...argv);
@@ -84,7 +88,18 @@ describe("the command line", () => {
     const unreachable = await run("run", "--address", "127.0.0.1:1", "hi");
     expect(unreachable.code).toBe(1);
     expect(unreachable.notices.trim().split("\n")).toHaveLength(1);
-    expect(unreachable.notices).toContain("[UNAVAILABLE]");
+    expect(unreachable.notices).toContain("no gateway answers at 127.0.0.1:1; start one with: npx kivimesh up");
+    const noRedis = await run(
+      "worker",
+      "--redis",
+      "redis://127.0.0.1:1",
+      "--load-format",
+      "dummy",
+      "--architecture",
+      "tiny-llama",
+    );
+    expect(noRedis.code).toBe(1);
+    expect(noRedis.notices.trim()).toBe("no Redis answers at 127.0.0.1:1; is it running? [QUEUE_UNAVAILABLE]");
   });
 
   it("reads environment twins; a flag goes before them", async () => {

@@ -71,6 +71,10 @@ export async function streamAnswer(
         return { text, usage, ttftSeconds, outputTokensPerSecond: rate };
       }
     }
+  } catch (error) {
+    if (!(error instanceof ClusterError) || error.code !== "UNAVAILABLE" || firstAt !== undefined) throw error;
+    const hint = `no gateway answers at ${address}; start one with: npx kivimesh up`;
+    throw new ClusterError("UNAVAILABLE", hint, { cause: error });
   } finally {
     client.close();
   }

@@ -64,7 +64,7 @@ export class TextGenerator {
     const run = await coordinator.start({
       model,
       prompt,
-      maxTokens: allowedTokens(model, prompt.length, request.maxTokens, maxCompletionTokens),
+      maxTokens: allowedTokens(model, prompt.length, request, maxCompletionTokens),
       temperature: request.temperature,
       topP: request.topP,
       topK: request.topK,
@@ -162,12 +162,13 @@ function promptTokens(model: ServedModel, input: GenerationInput): number[] {
   return ids;
 }
 
-function allowedTokens(model: ServedModel, prompt: number, asked: number | undefined, limit: number): number {
+function allowedTokens(model: ServedModel, prompt: number, request: GenerationRequest, limit: number): number {
+  const asked = request.maxTokens;
   const room = model.contextTokens - prompt;
   const context = `the context of ${model.name} is ${model.contextTokens} tokens`;
   if (room < 1) {
     throw new ClusterError("CONTEXT_LENGTH_EXCEEDED", `the prompt has ${prompt} tokens; ${context}, answer included`, {
-      parameter: "messages",
+      parameter: request.input.kind === "chat" ? "messages" : "prompt",
     });
   }
   if (asked === undefined) {

@@ -64,10 +64,15 @@ export function addRunCommand(program: Command, context: CommandContext): void {
     .action((prompt: string, options: RunOptions) => run(prompt, options, context));
 }
 
+/** As the gateway allows. */
+const MAX_STOPS = 4;
+
 async function run(argument: string, options: RunOptions, context: CommandContext): Promise<void> {
   const { output } = context;
   const prompt = argument === "-" ? await readAll(process.stdin) : argument;
   if (prompt.trim() === "") throw new UsageError("the prompt is empty");
+  if (options.stop.length > MAX_STOPS)
+    throw new UsageError(`--stop was given ${options.stop.length} times; at most ${MAX_STOPS}`);
   if (options.raw === true && options.system !== undefined)
     throw new UsageError("--raw and --system do not go together");
   const system = options.system === undefined ? [] : [{ role: "system", content: options.system }];

@@ -1,6 +1,6 @@
 /** `kivimesh up`: the cluster on one host. */
-import { writeFile } from "node:fs/promises";
-import { join } from "node:path";
+import { access, constants, writeFile } from "node:fs/promises";
+import { dirname, join, resolve } from "node:path";
 import type { Command } from "commander";
 import { cacheFolder } from "../cache-folder.ts";
 import { type EmbeddedCluster, startEmbeddedCluster } from "../cluster/embedded-cluster.ts";
@@ -144,11 +144,22 @@ async function startCluster(options: UpOptions, context: CommandContext): Promis
   });
 }
 
+/** Before a cluster is started for it. @throws UsageError where the report could not be written. */
+async function checkWritable(file: string): Promise<void> {
+  try {
+    await access(dirname(resolve(file)), constants.W_OK);
+  } catch {
+    throw new UsageError(`--report: the folder ${dirname(resolve(file))} does not exist or cannot be written`);
+  }
+}
+
 async function up(options: UpOptions, context: CommandContext): Promise<void> {
   const { output } = context;
   if (options.once === true && options.prompt === undefined) {
     throw new UsageError("--once needs a --prompt");
   }
+  if (options.prompt?.trim() === "") throw new UsageError("--prompt is empty");
+  if (options.report !== undefined) await checkWritable(options.report);
   const termination = terminationSignal(output);
   const started = Date.now();
   output.notice(`starting ${options.workers} worker${options.workers === 1 ? "" : "s"}, cachestore and gateway ...`);
