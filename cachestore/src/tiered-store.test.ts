@@ -126,6 +126,17 @@ describe("limits", () => {
     expect(size).toBeLessThanOrEqual(budgetOf(20));
   });
 
+  it("hold on the file where blocks of many sizes come and go", async () => {
+    const limit = 8 * 1024 * 1024;
+    await reopen({ memoryBytes: 0, diskBytes: limit });
+    for (let index = 0; index < 200; index++) {
+      await storeAll(chain(`s${index}`, 2, 4_000 + ((index * 7_919) % 97) * 3_000));
+      const { size } = await stat(join(directory, "blocks.mdb"));
+      expect(size).toBeLessThanOrEqual(limit);
+    }
+    expect(store.stats().evicted).toBeGreaterThan(200);
+  });
+
   it("keep out of memory what is evicted while it is read from disk", async () => {
     await reopen({ diskBytes: budgetOf(1) });
     let before = chain("r", 1)[0]!;
