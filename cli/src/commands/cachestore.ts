@@ -47,7 +47,9 @@ export function addCachestoreCommand(program: Command, context: CommandContext):
         .default(DEFAULT_MEMORY_BYTES, "1GiB"),
     )
     .addOption(
-      option("--disk-bytes <bytes>", "limit of the disk tier").argParser(bytes).default(DEFAULT_DISK_BYTES, "16GiB"),
+      option("--disk-bytes <bytes>", "limit of the disk tier's file; blocks take at most half of it")
+        .argParser(bytes)
+        .default(DEFAULT_DISK_BYTES, "16GiB"),
     )
     .addOption(
       option("--metrics-port <port>", "/metrics, /healthz and /readyz; 0: any free one").argParser(port).default(0),

@@ -73,7 +73,9 @@ export function addUpCommand(program: Command, context: CommandContext): void {
         .default(DEFAULT_MEMORY_BYTES, "256MiB"),
     )
     .addOption(
-      option("--disk-bytes <bytes>", "limit of its disk tier").argParser(bytes).default(DEFAULT_DISK_BYTES, "4GiB"),
+      option("--disk-bytes <bytes>", "limit of its disk tier's file; blocks take at most half")
+        .argParser(bytes)
+        .default(DEFAULT_DISK_BYTES, "4GiB"),
     )
     .addOption(option("--cluster-secret <secret>", "key of the tenants' namespaces in block ids"));
   addListenerOptions(addEngineOptions(command), "warn", DRAIN_MS)
