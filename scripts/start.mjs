@@ -5,7 +5,14 @@
 import { bootstrap } from "./setup/bootstrap.mjs";
 import { fail } from "./setup/progress.mjs";
 
-const FIRST_PROMPT = "Explain step by step how a rainbow forms, and why its colours always appear in the same order.";
+/** Long enough that blocks are sealed, so that the report shows what they save. */
+const FIRST_PROMPT = `Rainbows appear when the sun shines from behind you onto rain that is still falling in front of you. \
+Sunlight looks white, but it is a mixture of all colors. When a ray of light enters a drop of water, it bends, and each \
+color bends by a slightly different angle. The light is then reflected at the back of the drop and bends once more as \
+it leaves. Because red light leaves at a steeper angle than violet light, red is always at the outer edge of the bow \
+and violet at the inner edge. You can make a small rainbow yourself with a garden hose on a sunny morning.
+
+Explain in a few sentences how a rainbow forms.`;
 
 try {
   await bootstrap();
