@@ -26,6 +26,7 @@ import { GatewayStreams } from "./gateway-streams.ts";
 import { KvTransfer, type TransferCounters } from "./kv-transfer.ts";
 import { workerMetrics } from "./metrics.ts";
 import { RunningRequests } from "./running-requests.ts";
+import { requireFreeId } from "./worker-identity.ts";
 import { workerService } from "./worker-service.ts";
 
 /** Jobs taken for each sequence that can run: enough to fetch prefixes ahead. The rest wait in the queue. */
@@ -66,6 +67,7 @@ export interface WorkerService {
 export async function startWorker(config: WorkerConfig, seams: WorkerSeams): Promise<WorkerService> {
   const checked = checkWorkerConfig(config);
   const logger = createLogger("worker", (checked.logLevel ?? "info") as LogLevel).child({ worker: checked.id });
+  await requireFreeId(seams.membership, checked.id);
   const engine = await EngineClient.start(checked, (done, total) => checked.onProgress?.(done, total, "weights"));
   const worker = new RunningWorker(checked, seams, engine, logger);
   try {
