@@ -3,28 +3,13 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
 import { commandLine, main } from "./main.ts";
-import type { Output } from "./output.ts";
+import { keptOutput } from "./testing/kept-output.ts";
 
 /** Runs a command line with its output kept. */
 async function run(...argv: string[]): Promise<{ code: number; out: string; notices: string }> {
-  let out = "";
-  let notices = "";
-  const output: Output = {
-    write: (text) => {
-      out += text;
-    },
-    line: (text = "") => {
-      out += `${text}\n`;
-    },
-    json: (value) => {
-      out += JSON.stringify(value);
-    },
-    notice: (text) => {
-      notices += `${text}\n`;
-    },
-  };
+  const output = keptOutput();
   const write = (chunk: string | Uint8Array) => {
-    notices += String(chunk);
+    output.notices += String(chunk);
     return true;
   };
   const spies = [
@@ -32,7 +17,8 @@ async function run(...argv: string[]): Promise<{ code: number; out: string; noti
     vi.spyOn(process.stdout, "write").mockImplementation(write),
   ];
   try {
-    return { code: await main(argv, output), out, notices };
+    const code = await main(argv, output);
+    return { code, out: output.out, notices: output.notices };
   } finally {
     for (const spy of spies) spy.mockRestore();
   }

@@ -8,6 +8,7 @@ import { join } from "node:path";
 import { afterEach, describe, expect, it } from "vitest";
 import { main } from "../main.ts";
 import type { Output } from "../output.ts";
+import { keptOutput } from "../testing/kept-output.ts";
 
 const DUMMY = ["--load-format", "dummy", "--architecture", "tiny-llama", "--workers", "1"];
 
@@ -42,23 +43,9 @@ function upUntilServing(...options: string[]): { serving: Promise<string>; ended
 
 /** Runs `kivimesh up` in this process. */
 async function up(...options: string[]): Promise<{ code: number; out: string; notices: string }> {
-  let out = "";
-  let notices = "";
-  const output: Output = {
-    write: (text) => {
-      out += text;
-    },
-    line: (text = "") => {
-      out += `${text}\n`;
-    },
-    json: (value) => {
-      out += JSON.stringify(value);
-    },
-    notice: (text) => {
-      notices += `${text}\n`;
-    },
-  };
-  return { code: await main(["up", ...DUMMY, ...options], output), out, notices };
+  const output = keptOutput();
+  const code = await main(["up", ...DUMMY, ...options], output);
+  return { code, out: output.out, notices: output.notices };
 }
 
 describe("kivimesh up", () => {
