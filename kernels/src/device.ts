@@ -16,6 +16,8 @@ export interface GpuFeatures {
   /** Lanes per subgroup; 1 where subgroups are not offered. */
   readonly subgroupSize: number;
   readonly timestampQuery: boolean;
+  /** Products of 16 × 16 × 16 f16 matrices with f32 sums, by subgroups of 32: what subgroup-matrix.ts writes. */
+  readonly subgroupMatrix: boolean;
 }
 
 export interface Gpu {
@@ -86,6 +88,28 @@ function isSoftware(info: GPUAdapterInfo): boolean {
   );
 }
 
+/** What Dawn tells beyond the types of @webgpu/types. */
+type AdapterInfo = GPUAdapterInfo & {
+  readonly subgroupMinSize?: number;
+  readonly subgroupMaxSize?: number;
+  readonly subgroupMatrixConfigs?: readonly {
+    readonly componentType: string;
+    readonly resultComponentType: string;
+    readonly M: number;
+    readonly N: number;
+    readonly K: number;
+  }[];
+};
+
+function offersSubgroupMatrix(offered: ReadonlySet<string>, info: AdapterInfo): boolean {
+  if (!offered.has("chromium-experimental-subgroup-matrix") || !offered.has("shader-f16")) return false;
+  if (info.subgroupMinSize !== 32 || info.subgroupMaxSize !== 32) return false;
+  return [...(info.subgroupMatrixConfigs ?? [])].some(
+    ({ componentType, resultComponentType, M, N, K }) =>
+      componentType === "f16" && resultComponentType === "f32" && M === 16 && N === 16 && K === 16,
+  );
+}
+
 /** Software drivers describe themselves; a GPU's description names only its driver, so the device goes before it. */
 function adapterName(info: GPUAdapterInfo, profile: DeviceProfile): string {
   const parts = profile === "hardware" ? [info.device, info.description] : [info.description || info.device];
@@ -123,7 +147,7 @@ export async function openGpu(options: OpenGpuOptions = {}): Promise<Gpu> {
     requiredFeatures: wanted.filter((feature) => offered.has(feature)) as GPUFeatureName[],
     requiredLimits: requiredLimits(adapter, options.limits),
   });
-  const info = adapter.info as GPUAdapterInfo & { subgroupMaxSize?: number };
+  const info = adapter.info as AdapterInfo;
   return {
     device,
     name: adapterName(info, profile),
@@ -133,6 +157,7 @@ export async function openGpu(options: OpenGpuOptions = {}): Promise<Gpu> {
       subgroups: offered.has("subgroups"),
       subgroupSize: offered.has("subgroups") ? (info.subgroupMaxSize ?? 1) : 1,
       timestampQuery: offered.has("timestamp-query"),
+      subgroupMatrix: offersSubgroupMatrix(offered, info),
     },
     lost: device.lost.then((reason) => `${reason.reason}: ${reason.message}`),
     async close() {
