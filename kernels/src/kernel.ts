@@ -67,7 +67,7 @@ export async function createKernel(gpu: Gpu, descriptor: KernelDescriptor): Prom
     bindGroupLayouts: [layout],
     ...(immediateBytes > 0 ? { immediateSize: immediateBytes } : {}),
   } as GPUPipelineLayoutDescriptor);
-  const pipeline = device.createComputePipeline({
+  const compiled = device.createComputePipelineAsync({
     label,
     layout: pipelineLayout,
     compute: {
@@ -76,8 +76,12 @@ export async function createKernel(gpu: Gpu, descriptor: KernelDescriptor): Prom
       ...(descriptor.constants === undefined ? {} : { constants: descriptor.constants }),
     },
   });
-  const error = await device.popErrorScope();
+  // The scope is closed before anything is awaited, so that kernels compiled side by side do not mix their errors.
+  const [scope, outcome] = await Promise.allSettled([device.popErrorScope(), compiled]);
+  const error = scope.status === "fulfilled" ? scope.value : scope.reason;
   if (error !== null) throw new KernelCompileError(`${label}: ${error.message}`);
+  if (outcome.status === "rejected") throw new KernelCompileError(`${label}: ${(outcome.reason as Error).message}`);
+  const pipeline = outcome.value;
   return { label, bind: (buffers) => bindKernel(device, label, pipeline, layout, bindings.length, buffers) };
 }
 
