@@ -1,0 +1,4 @@
+/** Every list of cases that the bench runs, in the order of its table. A new file in this folder gets a line here. */
+import type { CaseList } from "../kernel-case.ts";
+
+export const CASE_LISTS: readonly CaseList[] = [];
