@@ -45,11 +45,20 @@ export { buildRopeTable, type RopeScaling, type RopeTableOptions, ropeFrequencie
 // --- end kv
 
 // Dense layers.
+export { type ActivationType, activationType } from "./activation-type.ts";
 export { type BoundEmbedding, createEmbedding, type Embedding, type EmbeddingBuffers } from "./embedding.ts";
 export { dequantizeGgml, GGML_TYPES, type GgmlType, ggmlBlock, ggmlByteLength } from "./ggml-quants.ts";
 export { floatToHalf, halfToFloat } from "./half.ts";
 export { cachedKernel } from "./kernel-cache.ts";
-export { type BoundLinear, createLinear, type Linear, type LinearBuffers, type LinearDescriptor } from "./linear.ts";
+export {
+  type BoundLinear,
+  createLinear,
+  type Linear,
+  type LinearBuffers,
+  type LinearDescriptor,
+  type LinearEpilogue,
+  type LinearNumerics,
+} from "./linear.ts";
 export {
   createLinearWeight,
   type LinearWeight,

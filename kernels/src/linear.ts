@@ -3,6 +3,7 @@
  *
  * What a row gets depends on that row, N and K alone: never on the other rows of the dispatch nor on its place.
  */
+import type { ActivationType } from "./activation-type.ts";
 import type { Gpu } from "./device.ts";
 import type { Kernel } from "./kernel.ts";
 import { cachedKernel } from "./kernel-cache.ts";
@@ -17,14 +18,31 @@ export interface LinearDescriptor {
   readonly phase: "prefill" | "decode";
   /** Most rows of one `encode`. */
   readonly maxRows: number;
-  /** output += result, instead of output = result. */
+  /** output += result, instead of output = result. Not with an epilogue. */
   readonly accumulate: boolean;
+  /**
+   * `f32` (default): input `array<vec4f>`, [rows][K]. `f16`: matrix kernels; input `array<vec4<u32>>`, [rows][K] halves,
+   * K a multiple of 32. See `activationType`.
+   */
+  readonly input?: ActivationType;
+  /**
+   * `silu-mul` (f16 input only): the weight is gate and up stacked, [2F][K]; the output is f16 [rows][F],
+   * silu(gate) · up clamped to ±65504, F a multiple of 8.
+   */
+  readonly epilogue?: LinearEpilogue;
+  /** `invariant` (default): a row's bits depend on that row, N and K alone. `fast`: also on the number of rows. */
+  readonly numerics?: LinearNumerics;
+  /** How matrix kernels are written; default `device`. `emulated` runs on any driver, slowly: for tests. */
+  readonly dialect?: "device" | "emulated";
 }
 
+export type LinearEpilogue = "none" | "silu-mul";
+export type LinearNumerics = "invariant" | "fast";
+
 export interface LinearBuffers {
-  /** f32 [rows][K]. */
+  /** [rows][K], f32 or halves as the descriptor's `input` says. */
   readonly input: GPUBuffer;
-  /** f32 [rows][outputStride]. */
+  /** f32 [rows][outputStride]; with epilogue `silu-mul` f16 [rows][F] without stride or offset. */
   readonly output: GPUBuffer;
   /** Elements from one output row to the next; default N. */
   readonly outputStride?: number;
@@ -55,6 +73,7 @@ export async function createLinear(gpu: Gpu, descriptor: LinearDescriptor): Prom
   if (!Number.isInteger(maxRows) || maxRows < 1 || maxRows > 65535) {
     throw new RangeError(`${weight.label}: maxRows ${maxRows}, must be 1 … 65535`);
   }
+  if (descriptor.input === "f16") throw new RangeError(`${weight.label}: matrix kernels are not there yet`);
   const variants = linearVariants(gpu, weight, phase, maxRows);
   const compiled = await Promise.all(
     variants.map(async (variant): Promise<CompiledVariant> => {
