@@ -81,4 +81,14 @@ export {
   writeSampleParameters,
 } from "./sample.ts";
 export { type BoundSiluMul, createSiluMul, type SiluMul, type SiluMulBuffers } from "./silu-mul.ts";
+export {
+  type BoundTokenLoad,
+  type BoundTokenStore,
+  createTokenFeedback,
+  FEEDBACK_ROW_WORDS,
+  TOKEN_OF_SLOT,
+  type TokenFeedback,
+  type TokenLoadBuffers,
+  type TokenStoreBuffers,
+} from "./token-feedback.ts";
 export type { WeightFormat } from "./weight-encoding.ts";
