@@ -5,7 +5,7 @@ export default defineConfig({
   resolve: { conditions: ["source"] },
   ssr: { resolve: { conditions: ["source", "node", "import", "default"] } },
   test: {
-    include: ["*/src/**/*.test.ts"],
+    include: ["*/src/**/*.test.ts", "kernels/bench/**/*.test.ts"],
     testTimeout: 120_000,
     hookTimeout: 120_000,
     // The software Vulkan driver uses every core by itself: files that run side by side only slow each other.
