@@ -1,8 +1,8 @@
 /** What the device reaches at best, measured: bytes read, bytes copied, f32 multiply-adds, products of matrices. */
 import { createKernel, createStorage, type Gpu, type Kernel, uploadStorage } from "../src/index.ts";
-import { MATRIX_SIZE, MATRIX_THREADS, matrixDialect } from "../src/subgroup-matrix.ts";
+import { MATRIX_SIZE, MATRIX_THREADS } from "../src/subgroup-matrix.ts";
 import { type TimingPlan, timeCase } from "./case-timing.ts";
-import { COPY_CODE, MULTIPLY_ADD_CODE, READ_CODE } from "./roof-kernels.wgsl.ts";
+import { COPY_CODE, MATRIX_SIDE, MATRIX_STEPS, MULTIPLY_ADD_CODE, matrixCode, READ_CODE } from "./roof-kernels.wgsl.ts";
 
 export interface DeviceRoofs {
   /** GB/s of a kernel that only reads. */
@@ -60,40 +60,6 @@ async function multiplyAddRoof(gpu: Gpu, plan: TimingPlan): Promise<number> {
   const buffers = [createStorage(gpu, "out", groups * 64 * 16)];
   const time = await milliseconds(gpu, { kernel, buffers, groups }, plan);
   return (groups * 64 * 256 * 8 * 4 * 2) / time / 1e9;
-}
-
-const MATRIX_STEPS = 256;
-const MATRIX_SIDE = 4;
-
-/** Each subgroup keeps 4 × 4 sums and multiplies the same operands again and again. */
-function matrixCode(): string {
-  const dialect = matrixDialect("device");
-  const sides = Array.from({ length: MATRIX_SIDE }, (_, index) => index);
-  const source = (array: string, index: number, major: "row" | "column") => {
-    return { array, offset: `${index * MATRIX_SIZE * 2}u`, stride: "2u", major } as const;
-  };
-  const body = [
-    ...sides.map((index) => dialect.loadLeft(`left${index}`, source("operands", index, "row"))),
-    ...sides.map((index) => dialect.loadRight(`right${index}`, source("operands", index + MATRIX_SIDE, "column"))),
-    ...sides.flatMap((i) => sides.map((j) => `var sum${i}_${j}: ${dialect.accumulator} = ${dialect.zero};`)),
-    `for (var step = 0u; step < ${MATRIX_STEPS}u; step++) {`,
-    ...sides.flatMap((i) => sides.map((j) => dialect.multiplyAccumulate(`sum${i}_${j}`, `left${i}`, `right${j}`))),
-    "}",
-    ...sides.flatMap((i) =>
-      sides.map((j) =>
-        dialect.store("output", `base + ${(i * MATRIX_SIDE + j) * MATRIX_SIZE ** 2}u`, "16u", `sum${i}_${j}`),
-      ),
-    ),
-  ];
-  return `${dialect.directives}
-@group(0) @binding(0) var<storage, read> operands: array<vec4<u32>>;
-@group(0) @binding(1) var<storage, read_write> output: array<f32>;
-@compute @workgroup_size(128)
-fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) thread: u32) {
-  let base = (group.x * 4u + thread / 32u) * ${MATRIX_SIDE ** 2 * MATRIX_SIZE ** 2}u;
-  ${body.join("\n  ")}
-}
-${dialect.functions()}`;
 }
 
 async function matrixRoof(gpu: Gpu, plan: TimingPlan): Promise<number | undefined> {

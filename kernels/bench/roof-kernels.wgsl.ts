@@ -1,4 +1,5 @@
 /** Kernels that do one thing only, to see how fast the device does it. */
+import { MATRIX_SIZE, matrixDialect } from "../src/subgroup-matrix.ts";
 
 /** 8 × 4 chains of 256 multiply-adds a thread. */
 export const MULTIPLY_ADD_CODE = `
@@ -42,3 +43,39 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) th
   let a = input[at]; let b = input[at + 256u]; let c = input[at + 512u]; let d = input[at + 768u];
   output[at] = a; output[at + 256u] = b; output[at + 512u] = c; output[at + 768u] = d;
 }`;
+
+/** Products of each pair of operands. */
+export const MATRIX_STEPS = 256;
+/** Operands of each side that a subgroup keeps. */
+export const MATRIX_SIDE = 4;
+
+/** Each subgroup keeps 4 × 4 sums and multiplies the same operands again and again. */
+export function matrixCode(): string {
+  const dialect = matrixDialect("device");
+  const sides = Array.from({ length: MATRIX_SIDE }, (_, index) => index);
+  const source = (array: string, index: number, major: "row" | "column") => {
+    return { array, offset: `${index * MATRIX_SIZE * 2}u`, stride: "2u", major } as const;
+  };
+  const body = [
+    ...sides.map((index) => dialect.loadLeft(`left${index}`, source("operands", index, "row"))),
+    ...sides.map((index) => dialect.loadRight(`right${index}`, source("operands", index + MATRIX_SIDE, "column"))),
+    ...sides.flatMap((i) => sides.map((j) => `var sum${i}_${j}: ${dialect.accumulator} = ${dialect.zero};`)),
+    `for (var step = 0u; step < ${MATRIX_STEPS}u; step++) {`,
+    ...sides.flatMap((i) => sides.map((j) => dialect.multiplyAccumulate(`sum${i}_${j}`, `left${i}`, `right${j}`))),
+    "}",
+    ...sides.flatMap((i) =>
+      sides.map((j) =>
+        dialect.store("output", `base + ${(i * MATRIX_SIDE + j) * MATRIX_SIZE ** 2}u`, "16u", `sum${i}_${j}`),
+      ),
+    ),
+  ];
+  return `${dialect.directives}
+@group(0) @binding(0) var<storage, read> operands: array<vec4<u32>>;
+@group(0) @binding(1) var<storage, read_write> output: array<f32>;
+@compute @workgroup_size(128)
+fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) thread: u32) {
+  let base = (group.x * 4u + thread / 32u) * ${MATRIX_SIDE ** 2 * MATRIX_SIZE ** 2}u;
+  ${body.join("\n  ")}
+}
+${dialect.functions()}`;
+}
