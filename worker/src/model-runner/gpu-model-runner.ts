@@ -1,19 +1,14 @@
-/** One step on the GPU: decode phase, prefill phase, one submit, one readback. */
+/** Runs plans on the GPU: each is one submit and one readback, and the next may be encoded before the last one ended. */
 import { setTimeout as sleep } from "node:timers/promises";
-import { type Gpu, type KvLayer, SAMPLE_RESULT_BYTES } from "@kivimesh/kernels";
+import type { Gpu } from "@kivimesh/kernels";
 import { ClusterError } from "@kivimesh/proto";
 import type { ModelConfig } from "../model/model-config.ts";
-import type { Activations } from "./activations.ts";
 import type { BlockTransfer } from "./block-transfer.ts";
 import { gentleWait } from "./gentle-wait.ts";
-import type { KvCache } from "./kv-cache.ts";
-import type { LayerStack } from "./layer-stack.ts";
 import type { MemoryAccount } from "./memory-account.ts";
 import type {
-  DecodeRow,
   KvGeometry,
   ModelRunner,
-  PrefillChunk,
   RunnerDevice,
   RunnerLimits,
   RunnerMemory,
@@ -21,10 +16,10 @@ import type {
   StepPlan,
   StepResult,
 } from "./model-runner.ts";
-import type { HeadCopies, HeadRow, OutputHead } from "./output-head.ts";
 import type { PromptScorer } from "./prompt-scoring.ts";
 import { checkStep } from "./step-check.ts";
-import type { StepReadback } from "./step-readback.ts";
+import { type SampledRows, StepEncoder, sampledRows } from "./step-encoder.ts";
+import type { ReadbackEntry, StepOutcome, StepReadback } from "./step-readback.ts";
 
 /** Everything that a runner is made of; see open-model-runner.ts. */
 export interface RunnerParts {
@@ -34,26 +29,10 @@ export interface RunnerParts {
   readonly kv: KvGeometry;
   readonly limits: RunnerLimits;
   readonly memory: MemoryAccount;
-  readonly activations: Activations;
-  readonly cache: KvCache;
   readonly blocks: BlockTransfer;
-  readonly prefill: { readonly stack: LayerStack; readonly head: OutputHead };
-  readonly decode: { readonly stack: LayerStack; readonly head: OutputHead };
+  readonly encoder: StepEncoder;
   readonly readback: StepReadback;
   readonly scorer: PromptScorer;
-}
-
-/** Rows sampled so far in a step being encoded, over both phases. */
-interface Sampling {
-  readonly slots: number[];
-  /** Row of the logits staging, or undefined. */
-  readonly logitsRows: (number | undefined)[];
-  logits: number;
-}
-
-function note(sampling: Sampling, slot: number, returnLogits: boolean | undefined): void {
-  sampling.slots.push(slot);
-  sampling.logitsRows.push(returnLogits === true ? sampling.logits++ : undefined);
 }
 
 /** How long a failed step waits for the news that the device is lost. */
@@ -65,7 +44,9 @@ function deviceLost(reason: string, cause?: unknown): ClusterError {
 
 export class GpuModelRunner implements ModelRunner {
   readonly #parts: RunnerParts;
-  #busy = false;
+  #inFlight = 0;
+  /** A step under way still needs its rows of the residual stream. */
+  #scoring = false;
   #lost: string | undefined;
   #gpuError: string | undefined;
 
@@ -107,16 +88,21 @@ export class GpuModelRunner implements ModelRunner {
   }
 
   async step(plan: StepPlan): Promise<StepResult> {
-    if (this.#busy) throw new ClusterError("INTERNAL", "a step was started before the previous one ended");
+    const scores = plan.prefill.some(({ score }) => score !== undefined);
+    const most = scores || this.#scoring ? 1 : this.limits.maxStepsInFlight;
+    if (this.#inFlight >= most) throw new ClusterError("INTERNAL", `more than ${most} steps were started at once`);
     checkStep(plan, this.limits, this.kv);
     if (this.#lost !== undefined) throw deviceLost(this.#lost);
-    this.#busy = true;
+    const entry = this.#parts.readback.take();
+    this.#inFlight += 1;
+    this.#scoring = scores;
     try {
-      return await this.#run(plan);
+      return await this.#run(plan, entry);
     } catch (error) {
       throw await this.#explain(error);
     } finally {
-      this.#busy = false;
+      this.#inFlight -= 1;
+      if (scores) this.#scoring = false;
     }
   }
 
@@ -147,108 +133,45 @@ export class GpuModelRunner implements ModelRunner {
     return reason === undefined ? error : deviceLost(reason, error);
   }
 
-  async #run({ prefill, decode }: StepPlan): Promise<StepResult> {
+  async #run(plan: StepPlan, entry: ReadbackEntry): Promise<StepResult> {
     const started = performance.now();
-    const { gpu, cache, readback, scorer } = this.#parts;
-    for (const { slot, pageTable } of [...prefill, ...decode]) cache.setPages(slot, pageTable);
-    const encoder = gpu.device.createCommandEncoder();
-    const sampling: Sampling = { slots: [], logitsRows: [], logits: 0 };
-    // Prefill comes last: its rows of the residual stream stay for scoring.
-    if (decode.length > 0) this.#encodeDecode(encoder, decode, sampling);
-    if (prefill.length > 0) this.#encodePrefill(encoder, prefill, sampling);
-    readback.encodeStatus(encoder, cache.kernels.status);
-    gpu.device.queue.submit([encoder.finish()]);
+    const { gpu, encoder, readback, scorer } = this.#parts;
+    const sampling = sampledRows(plan);
+    const timed = StepEncoder.timed(plan, sampling);
+    try {
+      encoder.submit(plan, sampling, entry);
+    } catch (error) {
+      readback.give(entry);
+      throw error;
+    }
     const encoded = performance.now();
-    const results = readback.read(sampling.slots.length, sampling.logits);
-    const { sampled, status, logits } = await gentleWait(results, gpu.profile === "software");
+    const results = readback.read(entry, sampling.slots.length, sampling.logits, timed);
+    const outcome = await gentleWait(results, gpu.profile === "software");
     if (this.#gpuError !== undefined) throw new ClusterError("INTERNAL", `GPU error: ${this.#gpuError}`);
     const scores: { slot: number; logprobs: Float32Array }[] = [];
     let row = 0;
-    for (const { slot, tokens, score } of prefill) {
+    for (const { slot, tokens, score } of plan.prefill) {
       if (score !== undefined) scores.push({ slot, logprobs: await scorer.score(row, score) });
       row += tokens.length;
     }
-    const failed = new Set<number>();
-    status.forEach((bits, slot) => {
-      if (bits === 0) return;
-      failed.add(slot);
-      cache.kernels.clearStatus(slot);
-    });
-    const tokens = sampled.map(({ token, logprob, nonFinite }, index): SampledToken => {
-      const slot = sampling.slots[index] as number;
-      if (nonFinite) failed.add(slot);
-      const logitsRow = sampling.logitsRows[index];
-      const row = logitsRow === undefined ? undefined : logits[logitsRow];
-      return { slot, token, logprob, ...(row === undefined ? {} : { logits: row }) };
-    });
-    const ended = performance.now();
-    return {
-      // Decode rows were sampled first on the GPU; callers see plan order.
-      sampled: [...tokens.slice(decode.length), ...tokens.slice(0, decode.length)],
-      scores,
-      nonFiniteSlots: [...failed],
-      seconds: { encode: (encoded - started) / 1000, wall: (ended - started) / 1000 },
-    };
+    const seconds = { encode: (encoded - started) / 1000, wall: (performance.now() - started) / 1000 };
+    return { ...stepTokens(sampling, outcome), scores, seconds: { ...seconds, gpu: outcome.gpuSeconds } };
   }
+}
 
-  #encodeDecode(encoder: GPUCommandEncoder, rows: readonly DecodeRow[], sampling: Sampling): void {
-    const { gpu, cache, activations, decode } = this.#parts;
-    const { kernels, layers } = cache;
-    const window = this.kv.residualTokens;
-    gpu.device.queue.writeBuffer(
-      activations.decodeTokens,
-      0,
-      Uint32Array.from(rows, ({ token }) => token),
-    );
-    const plan = kernels.prepareDecode(rows);
-    const full = rows.filter(({ position }) => (position + 1) % window === 0);
-    const headRows = rows.map(({ sample, position }, row): HeadRow => ({ row, sample, position: position + 1 }));
-    const pass = encoder.beginComputePass();
-    decode.stack.encode(pass, rows.length, (layer) => layer.encodeDecode(pass, plan));
-    if (full.length > 0) {
-      const windows = full.map(({ slot, position }) => ({ slot, position: position + 1 - window }));
-      const seal = kernels.prepareSeal(windows);
-      for (const layer of layers) layer.encodeSeal(pass, seal);
-    }
-    pass.end();
-    for (const { slot, returnLogits } of rows) note(sampling, slot, returnLogits);
-    this.#encodeHead(encoder, decode.head, headRows, sampling);
-  }
-
-  #encodePrefill(encoder: GPUCommandEncoder, chunks: readonly PrefillChunk[], sampling: Sampling): void {
-    const { gpu, cache, activations, prefill } = this.#parts;
-    const headRows: HeadRow[] = [];
-    let rows = 0;
-    for (const { slot, tokens, position, sample, returnLogits } of chunks) {
-      gpu.device.queue.writeBuffer(activations.prefillTokens, rows * 4, tokens as Uint32Array<ArrayBuffer>);
-      rows += tokens.length;
-      if (sample === undefined) continue;
-      headRows.push({ row: rows - 1, sample, position: position + tokens.length });
-      note(sampling, slot, returnLogits);
-    }
-    const plan = cache.kernels.preparePrefill(
-      chunks.map(({ slot, position, tokens }) => ({ slot, position, tokens: tokens.length })),
-    );
-    const pass = encoder.beginComputePass();
-    const attend = (layer: KvLayer) => layer.encodePrefill(pass, plan);
-    prefill.stack.encode(pass, rows, attend);
-    pass.end();
-    this.#encodeHead(encoder, prefill.head, headRows, sampling);
-  }
-
-  /** @param rows the phase's rows, which are the last ones noted in `sampling`. */
-  #encodeHead(encoder: GPUCommandEncoder, head: OutputHead, rows: readonly HeadRow[], sampling: Sampling): void {
-    if (rows.length === 0) return;
-    const { readback } = this.#parts;
-    const first = sampling.slots.length - rows.length;
-    const resultsOffset = first * SAMPLE_RESULT_BYTES;
-    const asked = sampling.logitsRows.slice(first).some((row) => row !== undefined);
-    const logitsOffset = (row: number) => {
-      const target = sampling.logitsRows[first + row];
-      return target === undefined ? undefined : target * readback.logitsRowBytes;
-    };
-    const copies: HeadCopies = { staging: readback.results, resultsOffset };
-    head.prepare(rows);
-    head.encode(encoder, rows.length, asked ? { ...copies, logitsStaging: readback.logits, logitsOffset } : copies);
-  }
+/** Tokens by slot, and the slots that failed. */
+function stepTokens(
+  { slots, logitsRows }: SampledRows,
+  { sampled, status, logits }: StepOutcome,
+): Pick<StepResult, "sampled" | "nonFiniteSlots"> {
+  const failed = new Set<number>();
+  for (let slot = 0; slot < status.length; slot++) if (status[slot] !== 0) failed.add(slot);
+  const tokens = sampled.map(({ token, logprob, nonFinite }, index): SampledToken => {
+    const slot = slots[index] as number;
+    if (nonFinite) failed.add(slot);
+    const logitsRow = logitsRows[index];
+    if (logitsRow === undefined) return { slot, token, logprob };
+    return { slot, token, logprob, logits: logits[logitsRow] as Float32Array };
+  });
+  return { sampled: tokens, nonFiniteSlots: [...failed] };
 }

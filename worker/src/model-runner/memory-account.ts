@@ -41,6 +41,13 @@ export class MemoryAccount {
     this.#owned.push(owner);
   }
 
+  /** Destroys a buffer that was added. */
+  release(use: MemoryUse, buffer: GPUBuffer): void {
+    this.#bytes[use] -= buffer.size;
+    this.#owned.splice(this.#owned.indexOf(buffer), 1);
+    buffer.destroy();
+  }
+
   total(): RunnerMemory {
     return { ...this.#bytes };
   }

@@ -138,11 +138,20 @@ test("blocks and pages of the wrong size or number are refused", async () => {
   await expect(runner.readBlock(-1)).rejects.toThrow(/page -1/);
 });
 
-test("a second step while one runs is refused", async () => {
-  const plan = { prefill: [chunkOf(promptTokens(5, VOCABULARY, 1), 0, 5, 0, [])], decode: [] };
-  const first = runner.step(plan);
+test("more steps at once than the limit are refused, and any beside one that scores", async () => {
+  const tokens = promptTokens(5, VOCABULARY, 1);
+  const plan = { prefill: [chunkOf(tokens, 0, 5, 0, [])], decode: [] };
+  const allowed = Array.from({ length: runner.limits.maxStepsInFlight }, () => runner.step(plan));
   await expect(runner.step(plan)).rejects.toMatchObject({ code: "INTERNAL" });
-  await expect(first).resolves.toMatchObject({ nonFiniteSlots: [] });
+  const results = await Promise.all(allowed);
+  for (const { sampled } of results) expect(sampled).toEqual(results[0]?.sampled);
+  const scoring = runner.step({
+    prefill: [{ slot: 0, tokens, position: 0, pageTable: [], score: tokens }],
+    decode: [],
+  });
+  await expect(runner.step(plan)).rejects.toMatchObject({ code: "INTERNAL" });
+  expect((await scoring).scores[0]?.logprobs).toHaveLength(5);
+  await expect(runner.step(plan)).resolves.toMatchObject({ nonFiniteSlots: [] });
 });
 
 test.each([

@@ -32,6 +32,10 @@ export interface RunnerLimits {
   readonly maxPagesPerSequence: number;
   readonly maxContextTokens: number;
   readonly vocabulary: number;
+  /** Most tokens that a plan's decode rows can generate one after the other. */
+  readonly maxDecodeSteps: number;
+  /** Plans that may be under way at once. */
+  readonly maxStepsInFlight: number;
 }
 
 export interface SamplingParameters {
@@ -64,9 +68,10 @@ export interface PrefillChunk {
 /** One sequence's next token. */
 export interface DecodeRow {
   readonly slot: number;
-  readonly token: number;
+  /** Left out: the token sampled last for this slot, which need not have been read yet. */
+  readonly token?: number;
   readonly position: number;
-  /** As in PrefillChunk; includes the pages that the window seals into where (position + 1) % residualTokens is 0. */
+  /** As in PrefillChunk; includes the pages of every window that is full after the plan's steps. */
   readonly pageTable: readonly number[];
   readonly sample: SamplingParameters;
   readonly returnLogits?: boolean;
@@ -76,6 +81,11 @@ export interface DecodeRow {
 export interface StepPlan {
   readonly prefill: readonly PrefillChunk[];
   readonly decode: readonly DecodeRow[];
+  /**
+   * How often the decode rows run: each time on the token that they sampled before, at the next position. Default 1, and
+   * always 1 where logits are asked for.
+   */
+  readonly decodeSteps?: number;
 }
 
 export interface SampledToken {
@@ -88,13 +98,21 @@ export interface SampledToken {
 }
 
 export interface StepResult {
-  /** Prefill chunks that sample, in plan order, then the decode rows. */
+  /** Prefill chunks that sample, in plan order, then the decode rows of each decode step. */
   readonly sampled: readonly SampledToken[];
   readonly scores: readonly { readonly slot: number; readonly logprobs: Float32Array }[];
   /** Slots whose K, V or logits were NaN or infinite: their sequences must fail and their pages must not be shared. */
   readonly nonFiniteSlots: readonly number[];
-  /** Seconds on the host while encoding, and from the call to the result. */
-  readonly seconds: { readonly encode: number; readonly wall: number };
+  readonly seconds: StepSeconds;
+}
+
+export interface StepSeconds {
+  /** On the host, until the GPU had everything. */
+  readonly encode: number;
+  /** From the call to the result, work of earlier plans included. */
+  readonly wall: number;
+  /** On the GPU, by its clock; undefined where it has none or logits were asked for. */
+  readonly gpu: number | undefined;
 }
 
 /** GPU bytes by use. */
@@ -120,13 +138,14 @@ export interface ModelRunner {
   /** Resolves with the reason when the device is lost. */
   readonly lost: Promise<string>;
   /**
-   * Runs one step. Steps are serialized: call again only after the previous one settled.
+   * Runs one plan. Plans run in the order of the calls, and each sees all that those before it wrote; up to
+   * `limits.maxStepsInFlight` may be under way, but none beside one that scores.
    * @throws ClusterError INVALID_ARGUMENT for a plan over a limit, DEVICE_LOST.
    */
   step(plan: StepPlan): Promise<StepResult>;
   /** Bytes of a sealed block as they lie in the pages of all layers, layer after layer. */
   readBlock(page: number): Promise<Uint8Array>;
-  /** Puts such bytes into a page of all layers; takes effect before the next step. */
+  /** Puts such bytes into a page of all layers: after the plans under way, before the next one. */
   writeBlock(page: number, payload: Uint8Array): void;
   memory(): RunnerMemory;
   close(): Promise<void>;
@@ -148,6 +167,8 @@ export interface OpenModelRunnerOptions {
   readonly kvBytes?: number;
   /** Default: the model's context, at most 8192. */
   readonly maxContextTokens?: number;
+  /** Default: 16. */
+  readonly maxDecodeSteps?: number;
   /** Default: opened here and closed with the runner. */
   readonly gpu?: Gpu;
   /** Bytes of weights uploaded so far and in all. */

@@ -1,5 +1,6 @@
 /** The model's weights in GPU memory: q|k|v and gate|up stacked into one matrix each where their formats agree. */
 import {
+  copyLinearWeight,
   createLinearWeight,
   dequantizeGgml,
   type Gpu,
@@ -44,6 +45,8 @@ class WeightUpload {
   readonly #model: LoadedModel;
   readonly #onProgress: (done: number, total: number) => void;
   readonly #total: number;
+  /** Matrices by the names of their tensors, for those that others equal. */
+  readonly #uploaded = new Map<string, LinearWeight>();
   #done = 0;
 
   constructor(gpu: Gpu, memory: MemoryAccount, model: LoadedModel, onProgress?: (done: number, total: number) => void) {
@@ -74,10 +77,10 @@ class WeightUpload {
   }
 
   #linear(label: string, tensors: readonly ModelTensor[]): LinearWeight {
-    const [first] = tensors;
-    const parts = tensors.map(({ type, rows, read }) => ({ type, rows, data: read() }));
     try {
-      const weight = createLinearWeight(this.#gpu, { label, parts, columns: first?.columns ?? 0 });
+      const same = this.#uploaded.get(tensors.map(({ sameAs }) => sameAs ?? "").join());
+      const weight = same === undefined ? this.#read(label, tensors) : copyLinearWeight(this.#gpu, same, label);
+      this.#uploaded.set(tensors.map(({ name }) => name).join(), weight);
       this.#memory.own("weights", weight.bytes, weight);
       this.#count(tensors);
       return weight;
@@ -88,6 +91,11 @@ class WeightUpload {
         cause: error,
       });
     }
+  }
+
+  #read(label: string, tensors: readonly ModelTensor[]): LinearWeight {
+    const parts = tensors.map(({ type, rows, read }) => ({ type, rows, data: read() }));
+    return createLinearWeight(this.#gpu, { label, parts, columns: tensors[0]?.columns ?? 0 });
   }
 
   matrix(name: string): LinearWeight {

@@ -14,13 +14,20 @@ import { uploadModelWeights } from "./model-weights.ts";
 import { createHeadScratch, createOutputHead } from "./output-head.ts";
 import { PromptScorer } from "./prompt-scoring.ts";
 import type { Phase } from "./stacked-linear.ts";
+import { StepEncoder } from "./step-encoder.ts";
 import { StepReadback } from "./step-readback.ts";
+import { createTokenTables } from "./token-tables.ts";
 import { warmUp } from "./warm-up.ts";
 
 const DEFAULT_WINDOW = 128;
 const DEFAULT_SEQUENCES = 8;
 const DEFAULT_PREFILL_ROWS = 512;
 const DEFAULT_CONTEXT = 8192;
+const DEFAULT_DECODE_STEPS = 16;
+/** Bounds the tables that are made for so many steps. */
+const MAX_DECODE_STEPS = 256;
+/** One runs while the next is encoded; the third bridges the time until the first one's result is taken. */
+const STEPS_IN_FLIGHT = 3;
 /** Rows travel as one dispatch dimension. */
 const MAX_ROWS = 65_535;
 
@@ -56,6 +63,8 @@ function runnerLimits(gpu: Gpu, config: ModelConfig, kv: KvGeometry, options: Op
     maxPagesPerSequence,
     maxContextTokens,
     vocabulary: config.vocabulary,
+    maxDecodeSteps: positive("maxDecodeSteps", options.maxDecodeSteps ?? DEFAULT_DECODE_STEPS, MAX_DECODE_STEPS),
+    maxStepsInFlight: STEPS_IN_FLIGHT,
   };
 }
 
@@ -104,9 +113,11 @@ async function assemble(
   const cache = await createKvCache(gpu, memory, config, kv, limits, activations);
   const weights = await uploadModelWeights(gpu, memory, model, onProgress);
   const scratch = await createHeadScratch(gpu, memory, vocabulary, maxSequences);
+  const readback = new StepReadback(memory, limits, gpu.features.timestampQuery ? gpu.device : undefined);
+  const tokens = await createTokenTables(gpu, memory, activations.decodeTokens, readback.log, maxSequences);
   const phase = async (name: Phase, maxRows: number) => ({
     stack: await createLayerStack(gpu, config, weights, cache.layers, activations, name, maxRows),
-    head: await createOutputHead(gpu, memory, config, weights, activations, scratch, name, maxSequences),
+    head: await createOutputHead(gpu, memory, config, weights, activations, scratch, name, maxSequences, tokens[name]),
   });
   const prefill = await phase("prefill", maxPrefillRows);
   const decode = await phase("decode", maxSequences);
@@ -117,12 +128,9 @@ async function assemble(
     kv,
     limits,
     memory,
-    activations,
-    cache,
     blocks: new BlockTransfer(gpu, memory, cache, limits.numPages),
-    prefill,
-    decode,
-    readback: new StepReadback(memory, limits),
+    encoder: new StepEncoder({ gpu, activations, cache, tokens, prefill, decode, readback }),
+    readback,
     scorer: new PromptScorer(gpu, memory, prefill.head, vocabulary),
   });
 }

@@ -2,12 +2,14 @@
 import {
   type BoundRmsNorm,
   type BoundSampler,
+  type BoundTokenStore,
   createRmsNorm,
   createSampler,
   type Gpu,
   SAMPLE_PARAMETER_BYTES,
   SAMPLE_RESULT_BYTES,
   type Sampler,
+  type TokenFeedback,
   writeSampleParameters,
 } from "@kivimesh/kernels";
 import type { ModelConfig } from "../model/model-config.ts";
@@ -16,6 +18,7 @@ import type { MemoryAccount } from "./memory-account.ts";
 import type { SamplingParameters } from "./model-runner.ts";
 import type { ModelWeights } from "./model-weights.ts";
 import { type BoundStackedLinear, bindStackedLinear, type Phase } from "./stacked-linear.ts";
+import type { StepPass } from "./step-pass.ts";
 
 /** Logits of one slab stay within this, and within what the device binds. */
 const MAX_LOGITS_BYTES = 64 << 20;
@@ -58,15 +61,13 @@ interface Slab {
   readonly results: GPUBuffer;
   readonly norm: BoundRmsNorm;
   readonly sampler: BoundSampler;
+  readonly store: BoundTokenStore;
 }
 
-export interface HeadCopies {
-  /** Where the results go: SAMPLE_RESULT_BYTES a row, from `resultsOffset`. */
+/** Row r's logits go to `staging` at offset(r), where that is not undefined. */
+export interface LogitsCopies {
   readonly staging: GPUBuffer;
-  readonly resultsOffset: number;
-  /** Row r's logits go to `logitsStaging` at logitsOffset(r), where that is not undefined. */
-  readonly logitsStaging?: GPUBuffer;
-  logitsOffset?(row: number): number | undefined;
+  offset(row: number): number | undefined;
 }
 
 /** The head of one phase: prefill rows take the prefill matrix product, decode rows the decode one. */
@@ -96,42 +97,48 @@ export class OutputHead {
   /** Uploads which rows to take and how to sample them; before `encode`. */
   prepare(rows: readonly HeadRow[]): void {
     const { queue } = this.#gpu.device;
-    this.#eachSlab(rows.length, (slab, first, count) => {
-      for (let i = 0; i < count; i++) {
-        const { row, sample, position } = rows[first + i] as HeadRow;
-        this.#indices[i] = row;
-        writeSampleParameters(this.#parameters, i, {
-          temperature: sample.temperature,
-          topK: sample.topK,
-          topP: sample.topP,
-          seedLow: Number(sample.seed & 0xffff_ffffn),
-          seedHigh: Number((sample.seed >> 32n) & 0xffff_ffffn),
-          position,
-        });
-      }
+    for (let first = 0; first < rows.length; first += this.slabRows) {
+      const slab = this.#slab(first);
+      const count = Math.min(this.slabRows, rows.length - first);
+      for (let i = 0; i < count; i++) this.#prepareRow(i, rows[first + i] as HeadRow);
       queue.writeBuffer(slab.rowIndices, 0, this.#indices, 0, count);
       queue.writeBuffer(slab.parameters, 0, this.#parameters.buffer, 0, count * SAMPLE_PARAMETER_BYTES);
-    });
+    }
   }
 
-  /** Encodes head and sampler for the first `rows` prepared rows, and the copies of their results. */
-  encode(encoder: GPUCommandEncoder, rows: number, copies: HeadCopies): void {
+  #prepareRow(index: number, { row, sample, position }: HeadRow): void {
+    const { temperature, topK, topP, seed } = sample;
+    this.#indices[index] = row;
+    // Greedy rows draw no random number; taking a bigint apart is slow where rows are many.
+    const seedLow = temperature === 0 ? 0 : Number(seed & 0xffff_ffffn);
+    const seedHigh = temperature === 0 ? 0 : Number((seed >> 32n) & 0xffff_ffffn);
+    writeSampleParameters(this.#parameters, index, { temperature, topK, topP, seedLow, seedHigh, position });
+  }
+
+  /**
+   * Encodes head and sampler for the first `rows` prepared rows; their tokens are what the slots' next rows read. Encoded
+   * again, it samples at the next position.
+   * @param log entry of the log where the results begin.
+   */
+  encode(step: StepPass, rows: number, log: number, copies?: LogitsCopies): void {
     const logitsBytes = this.#vocabulary * 4;
-    this.#eachSlab(rows, (slab, first, count) => {
-      const pass = encoder.beginComputePass();
+    for (let first = 0; first < rows; first += this.slabRows) {
+      const slab = this.#slab(first);
+      const count = Math.min(this.slabRows, rows - first);
+      const { pass } = step;
       slab.norm.encode(pass, count);
       this.#linear.encode(pass, count);
       slab.sampler.encode(pass, count);
-      pass.end();
-      const offset = copies.resultsOffset + first * SAMPLE_RESULT_BYTES;
-      encoder.copyBufferToBuffer(slab.results, 0, copies.staging, offset, count * SAMPLE_RESULT_BYTES);
-      if (copies.logitsStaging === undefined) return;
+      slab.store.encode(pass, first, count, log);
+      if (copies === undefined) continue;
+      step.end();
       for (let i = 0; i < count; i++) {
-        const target = copies.logitsOffset?.(first + i);
+        const target = copies.offset(first + i);
         if (target === undefined) continue;
-        encoder.copyBufferToBuffer(this.#scratch.logits, i * logitsBytes, copies.logitsStaging, target, logitsBytes);
+        const { logits } = this.#scratch;
+        step.encoder.copyBufferToBuffer(logits, i * logitsBytes, copies.staging, target, logitsBytes);
       }
-    });
+    }
   }
 
   /** Encodes the logits of `count` consecutive rows, at most a slab, and their copy into `staging`. For scoring. */
@@ -147,15 +154,20 @@ export class OutputHead {
     encoder.copyBufferToBuffer(this.#scratch.logits, 0, staging, 0, count * this.#vocabulary * 4);
   }
 
-  #eachSlab(rows: number, visit: (slab: Slab, first: number, count: number) => void): void {
-    const { slabRows } = this.#scratch;
-    for (let first = 0; first < rows; first += slabRows) {
-      const slab = this.#slabs[first / slabRows];
-      if (slab === undefined)
-        throw new RangeError(`${rows} rows for the head, at most ${this.#slabs.length * slabRows}`);
-      visit(slab, first, Math.min(slabRows, rows - first));
-    }
+  #slab(first: number): Slab {
+    const slab = this.#slabs[first / this.slabRows];
+    if (slab !== undefined) return slab;
+    throw new RangeError(`over ${this.#slabs.length * this.slabRows} rows for the head`);
   }
+}
+
+/** Where sampled tokens go on the GPU; see TokenStoreBuffers. */
+export interface HeadFeedback {
+  readonly kernels: TokenFeedback;
+  readonly rows: GPUBuffer;
+  readonly slotTokens: GPUBuffer;
+  readonly tokens: GPUBuffer;
+  readonly log: GPUBuffer;
 }
 
 /** @param maxRows most rows sampled in a step of this phase. */
@@ -168,6 +180,7 @@ export async function createOutputHead(
   scratch: HeadScratch,
   phase: Phase,
   maxRows: number,
+  feedback: HeadFeedback,
 ): Promise<OutputHead> {
   const { slabRows, logits } = scratch;
   const { hidden, normed } = activations;
@@ -192,6 +205,7 @@ export async function createOutputHead(
       results,
       norm: norm.bind({ input: hidden, weight: weights.outputNorm, output: normed, rowIndices }),
       sampler: scratch.sampler.bind({ logits, parameters, output: results }),
+      store: feedback.kernels.bindStore({ ...feedback, results, parameters }),
     });
   }
   return new OutputHead(gpu, config.vocabulary, scratch, linear, slabs);

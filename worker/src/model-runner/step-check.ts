@@ -8,17 +8,22 @@ function refuse(message: string): ClusterError {
 
 /** @throws ClusterError INVALID_ARGUMENT saying which row or limit. */
 export function checkStep(plan: StepPlan, limits: RunnerLimits, kv: KvGeometry): void {
-  const { prefill, decode } = plan;
+  const { prefill, decode, decodeSteps = 1 } = plan;
+  if (!Number.isInteger(decodeSteps) || decodeSteps < 1 || decodeSteps > limits.maxDecodeSteps) {
+    throw refuse(`${decodeSteps} decode steps, must be 1 to ${limits.maxDecodeSteps}`);
+  }
   const rows = prefill.reduce((sum, chunk) => sum + chunk.tokens.length, 0);
   if (rows > limits.maxPrefillRows) throw refuse(`${rows} prefill rows, at most ${limits.maxPrefillRows}`);
   const slots = new Set<number>();
-  for (const { slot } of [...prefill, ...decode]) {
+  const checkSlot = ({ slot }: { readonly slot: number }) => {
     if (!Number.isInteger(slot) || slot < 0 || slot >= limits.maxSequences) {
       throw refuse(`slot ${slot} is not in 0..${limits.maxSequences - 1}`);
     }
     if (slots.has(slot)) throw refuse(`slot ${slot} appears twice`);
     slots.add(slot);
-  }
+  };
+  prefill.forEach(checkSlot);
+  decode.forEach(checkSlot);
   for (const { slot, tokens, position, pageTable, sample, score } of prefill) {
     if (tokens.length === 0) throw refuse(`slot ${slot} has an empty chunk`);
     if (position % kv.residualTokens !== 0) {
@@ -32,10 +37,11 @@ export function checkStep(plan: StepPlan, limits: RunnerLimits, kv: KvGeometry):
     }
     for (const token of score ?? []) checkToken(slot, token, limits);
   }
-  for (const { slot, token, position, pageTable, sample } of decode) {
-    checkToken(slot, token, limits);
-    checkRange(slot, position, 1, pageTable, limits, kv);
+  for (const { slot, token, position, pageTable, sample, returnLogits } of decode) {
+    if (token !== undefined) checkToken(slot, token, limits);
+    checkRange(slot, position, decodeSteps, pageTable, limits, kv);
     checkSampling(slot, sample);
+    if (returnLogits === true && decodeSteps > 1) throw refuse(`slot ${slot} asks for logits of ${decodeSteps} steps`);
   }
 }
 
