@@ -67,6 +67,7 @@ export {
   type LinearWeightPart,
   LinearWeightSizeError,
 } from "./linear-weight.ts";
+export { copyLinearWeight } from "./linear-weight-copy.ts";
 export { type BoundRmsNorm, createRmsNorm, type RmsNorm, type RmsNormBuffers } from "./rms-norm.ts";
 export {
   type BoundSampler,

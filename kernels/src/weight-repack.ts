@@ -136,7 +136,14 @@ function placement(layout: WeightLayout, rows: number, wordsPerRow: number): Pla
   return layout === "columns" ? { stride: rows, rowStep: 1 } : { stride: 1, rowStep: wordsPerRow };
 }
 
-function repackFloats(view: DataView, rows: number, wordsPerRow: number, layout: WeightLayout): RepackedRows {
+function repackFloats(data: Uint8Array, rows: number, wordsPerRow: number, layout: WeightLayout): RepackedRows {
+  // Layout `rows` is how floats lie in the file: nothing moves, and aligned bytes are not even copied.
+  if (layout === "rows") {
+    const aligned = data.byteOffset % 4 === 0 ? data : data.slice();
+    const words = new Uint32Array(aligned.buffer as ArrayBuffer, aligned.byteOffset, rows * wordsPerRow);
+    return { codes: words, scales: new Uint32Array(0) };
+  }
+  const view = new DataView(data.buffer, data.byteOffset, data.byteLength);
   const codes = new Uint32Array(rows * wordsPerRow);
   const { stride, rowStep } = placement(layout, rows, wordsPerRow);
   for (let tile = 0; tile < rows; tile += ROW_TILE) {
@@ -161,9 +168,9 @@ export function repackRows(
   encoding: WeightEncoding,
   layout: WeightLayout,
 ): RepackedRows {
-  const view = new DataView(data.buffer, data.byteOffset, data.byteLength);
   const rowCodes = codeWords(encoding, columns);
-  if (type === "F32" || type === "F16" || type === "BF16") return repackFloats(view, rows, rowCodes, layout);
+  if (type === "F32" || type === "F16" || type === "BF16") return repackFloats(data, rows, rowCodes, layout);
+  const view = new DataView(data.buffer, data.byteOffset, data.byteLength);
   const rowScales = scaleWords(encoding, columns);
   const codes = new Uint32Array(rows * rowCodes);
   const scales = new Uint32Array(rows * rowScales);

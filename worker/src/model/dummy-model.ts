@@ -91,6 +91,9 @@ const ARCHITECTURES: ReadonlyMap<string, DummyArchitecture> = new Map([
   ["llama-3.1-8b", architecture(LLAMA3, "F16")],
 ]);
 
+/** Models with more parameters have the same matrices in every layer: what is random is generated once, and copied. */
+const MAX_DISTINCT_PARAMETERS = 1e9;
+
 /** Names that `loadModel({ dummy })` takes. */
 export const DUMMY_ARCHITECTURES: readonly string[] = [...ARCHITECTURES.keys()];
 
@@ -109,12 +112,15 @@ export function dummyModel(name: string, seed = 0): LoadedModel {
   }
   const tensors = new Map<string, ModelTensor>();
   let fileBytes = 0;
-  for (const shape of llamaTensors(known.config)) {
-    const tensor = dummyTensor(known, shape, seed);
+  const shapes = llamaTensors(known.config);
+  const isLarge = shapes.reduce((sum, { rows, columns }) => sum + rows * columns, 0) > MAX_DISTINCT_PARAMETERS;
+  for (const shape of shapes) {
+    const original = isLarge ? shape.name.replace(/^blk\.\d+\./, "blk.0.") : shape.name;
+    const tensor = dummyTensor(known, shape, seed, original);
     tensors.set(tensor.name, tensor);
     fileBytes += tensor.bytes;
   }
-  const recipe = JSON.stringify(["dummy", 1, name, seed, known]);
+  const recipe = JSON.stringify(["dummy", isLarge ? 2 : 1, name, seed, known]);
   return {
     config: known.config,
     name: `dummy-${name}`,
@@ -126,7 +132,8 @@ export function dummyModel(name: string, seed = 0): LoadedModel {
   };
 }
 
-function dummyTensor(known: DummyArchitecture, shape: TensorShape, seed: number): ModelTensor {
+/** @param original name of the tensor whose content this one has; its own name, or that of the first layer's. */
+function dummyTensor(known: DummyArchitecture, shape: TensorShape, seed: number, original: string): ModelTensor {
   const { name, rows, columns } = shape;
   const isNorm = name.endsWith("_norm.weight");
   const isTable = name === "token_embd.weight" || name === "output.weight";
@@ -136,6 +143,7 @@ function dummyTensor(known: DummyArchitecture, shape: TensorShape, seed: number)
   const read = () =>
     isNorm
       ? new Uint8Array(new Float32Array(elements).fill(1).buffer)
-      : dummyBytes(type, elements, 1 / Math.sqrt(columns), `${seed}/${name}`);
-  return { name, type, rows, columns, bytes: ggmlByteLength(type, elements), read };
+      : dummyBytes(type, elements, 1 / Math.sqrt(columns), `${seed}/${original}`);
+  const same = original === name ? {} : { sameAs: original };
+  return { name, type, rows, columns, bytes: ggmlByteLength(type, elements), ...same, read };
 }

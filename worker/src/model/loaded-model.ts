@@ -11,6 +11,8 @@ export interface ModelTensor {
   readonly rows: number;
   readonly columns: number;
   readonly bytes: number;
+  /** Name of a tensor before it with the same type, shape and bytes: on the GPU it may be copied instead of read. */
+  readonly sameAs?: string;
   /** The tensor's bytes, read or generated anew at each call. */
   read(): Uint8Array;
 }
