@@ -6,7 +6,7 @@ import { linearColumnsWgsl } from "./linear-columns.wgsl.ts";
 import { linearRowsDecodeWgsl, linearRowsPrefillWgsl } from "./linear-rows.wgsl.ts";
 import { rmsNormWgsl } from "./rms-norm.wgsl.ts";
 import { samplePickWgsl, sampleScanWgsl } from "./sample.wgsl.ts";
-import { siluMulWgsl } from "./silu-mul.wgsl.ts";
+import { siluMulThreads, siluMulWgsl } from "./silu-mul.wgsl.ts";
 import { weightEncoding } from "./weight-encoding.ts";
 
 /**
@@ -44,7 +44,15 @@ describe("every dense kernel fits WebGPU's default limits", () => {
   });
 
   test("norm, activation, sampling", async () => {
-    for (const code of [rmsNormWgsl(4096, 1e-5, true), siluMulWgsl(11008), sampleScanWgsl(), samplePickWgsl()]) {
+    const norm = { hidden: 4096, epsilon: 1e-5, gathered: true } as const;
+    const activation = { width: 11008, output: "f16" } as const;
+    for (const code of [
+      rmsNormWgsl({ ...norm, output: "f32", variant: "loops" }),
+      rmsNormWgsl({ ...norm, output: "f16", variant: "registers" }),
+      siluMulWgsl({ ...activation, threads: siluMulThreads("hardware") }),
+      sampleScanWgsl(),
+      samplePickWgsl(),
+    ]) {
       expect(await compile(code)).toBeUndefined();
     }
   });

@@ -1,15 +1,16 @@
 /** Root-mean-square normalization: output = input / sqrt(mean(input²) + epsilon) · weight, row by row. */
 import type { Gpu } from "./device.ts";
 import { checkRows } from "./element-grid.ts";
+import type { ActivationOutput } from "./half-output.wgsl.ts";
 import { cachedKernel } from "./kernel-cache.ts";
-import { rmsNormWgsl } from "./rms-norm.wgsl.ts";
+import { type RmsNormTemplate, rmsNormWgsl } from "./rms-norm.wgsl.ts";
 
 export interface RmsNormBuffers {
   /** f32 [·][hidden]. */
   readonly input: GPUBuffer;
   /** f32 [hidden]. */
   readonly weight: GPUBuffer;
-  /** f32 [rows][hidden]; another buffer than `input`. */
+  /** [rows][hidden] as f32 or, where so created, f16 pairs in u32; another buffer than `input`. */
   readonly output: GPUBuffer;
   /** u32 [rows]: output row r is made from input row `rowIndices[r]`. Default: from row r. */
   readonly rowIndices?: GPUBuffer;
@@ -27,25 +28,32 @@ export interface RmsNorm {
 export interface RmsNormDescriptor {
   readonly hidden: number;
   readonly epsilon: number;
+  /** Type of what is written. f16 is clamped to ±65504; NaN stays NaN. Default: f32. */
+  readonly output?: ActivationOutput;
+  /** Overrides the choice by the device; for tests. */
+  readonly variant?: RmsNormTemplate["variant"];
 }
 
 /** @throws RangeError unless `hidden` is a positive multiple of 4 and `epsilon` is positive. */
-export async function createRmsNorm(gpu: Gpu, { hidden, epsilon }: RmsNormDescriptor): Promise<RmsNorm> {
+export async function createRmsNorm(gpu: Gpu, descriptor: RmsNormDescriptor): Promise<RmsNorm> {
+  const { hidden, epsilon, output: outputType = "f32" } = descriptor;
   if (!Number.isInteger(hidden) || hidden < 4 || hidden % 4 !== 0) {
     throw new RangeError(`rms-norm: hidden ${hidden}, must be a positive multiple of 4`);
   }
   if (!(epsilon > 0 && Number.isFinite(epsilon)))
     throw new RangeError(`rms-norm: epsilon ${epsilon}, must be positive`);
-  const label = `rms-norm ${hidden}`;
+  const label = `rms-norm ${hidden} ${outputType}`;
+  const variant = descriptor.variant ?? (gpu.profile === "hardware" && gpu.features.subgroups ? "registers" : "loops");
+  const template = { hidden, epsilon, output: outputType, variant };
   const [direct, gathered] = await Promise.all([
     cachedKernel(gpu, {
       label,
-      code: rmsNormWgsl(hidden, epsilon, false),
+      code: rmsNormWgsl({ ...template, gathered: false }),
       bindings: ["read", "read", "read_write"],
     }),
     cachedKernel(gpu, {
       label: `${label} gathered`,
-      code: rmsNormWgsl(hidden, epsilon, true),
+      code: rmsNormWgsl({ ...template, gathered: true }),
       bindings: ["read", "read", "read_write", "read"],
     }),
   ]);

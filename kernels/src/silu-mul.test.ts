@@ -1,6 +1,7 @@
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { submitPass, uploadStorage } from "./buffers.ts";
 import { type Gpu, openGpu } from "./device.ts";
+import { halfToFloat } from "./half.ts";
 import { createSiluMul, siluMulReference } from "./silu-mul.ts";
 import { assertClose, assertSameBits } from "./testing/comparison.ts";
 import { assertNoPoison, createPoisoned } from "./testing/poison.ts";
@@ -14,14 +15,19 @@ describe("silu-mul", () => {
   });
   afterAll(() => gpu.close());
 
-  async function run(gateUp: Float32Array, rows: number, width: number): Promise<Float32Array> {
-    const kernel = await createSiluMul(gpu, { width });
-    const output = createPoisoned(gpu, "output", rows * width * 4);
+  async function run(
+    gateUp: Float32Array,
+    rows: number,
+    width: number,
+    type: "f32" | "f16" = "f32",
+  ): Promise<Float32Array> {
+    const kernel = await createSiluMul(gpu, { width, output: type });
+    const output = createPoisoned(gpu, "output", rows * width * (type === "f16" ? 2 : 4));
     const bound = kernel.bind({ gateUp: uploadStorage(gpu, "gate up", gateUp), output: output.buffer });
     submitPass(gpu, (pass) => bound.encode(pass, rows));
     const content = await output.read();
     assertNoPoison("silu-mul", content);
-    return new Float32Array(content);
+    return type === "f16" ? Float32Array.from(new Uint16Array(content), halfToFloat) : new Float32Array(content);
   }
 
   test("agrees with the reference at any width; a row does not depend on the others", async () => {
@@ -40,6 +46,21 @@ describe("silu-mul", () => {
     const actual = await run(gateUp, 1, 8);
     assertClose("ends", actual, siluMulReference(gateUp, 1, 8), { nmse: 1e-12, maxAbs: 1e-6 * 65504 });
     expect(actual.every(Number.isFinite)).toBe(true);
+  });
+
+  test("writes f16: rounded, clamped, NaN kept", async () => {
+    const width = 4 * random.integer(2, 300);
+    const gateUp = random.normals(2 * 2 * width, 3);
+    gateUp.set([1e5, 1e5, Number.NaN], 0);
+    gateUp.set([1e5, -1e5, 1], width);
+    const actual = await run(gateUp, 2, width, "f16");
+    expect(Array.from(actual.subarray(0, 3))).toEqual([65504, -65504, Number.NaN]);
+    const expected = siluMulReference(gateUp, 2, width);
+    for (let index = 3; index < 2 * width; index++) {
+      const want = expected[index] as number;
+      const unit = Math.max(2 ** -24, 2 ** (Math.floor(Math.log2(Math.abs(want))) - 10));
+      expect(Math.abs((actual[index] as number) - want), `${index}`).toBeLessThanOrEqual(0.505 * unit);
+    }
   });
 
   test("refuses a width that is no whole vec4", async () => {

@@ -1,13 +1,14 @@
 /** Gated activation of the feed-forward block: silu(gate) · up. */
 import type { Gpu } from "./device.ts";
-import { checkRows, elementGrid } from "./element-grid.ts";
+import { checkRows } from "./element-grid.ts";
+import type { ActivationOutput } from "./half-output.wgsl.ts";
 import { cachedKernel } from "./kernel-cache.ts";
-import { siluMulWgsl } from "./silu-mul.wgsl.ts";
+import { siluMulThreads, siluMulWgsl } from "./silu-mul.wgsl.ts";
 
 export interface SiluMulBuffers {
   /** f32 [rows][2 · width], gate first. */
   readonly gateUp: GPUBuffer;
-  /** f32 [rows][width]. */
+  /** [rows][width] as f32 or, where so created, f16 pairs in u32. */
   readonly output: GPUBuffer;
 }
 
@@ -20,14 +21,22 @@ export interface SiluMul {
   bind(buffers: SiluMulBuffers): BoundSiluMul;
 }
 
+export interface SiluMulDescriptor {
+  readonly width: number;
+  /** Type of what is written. f16 is clamped to ±65504; NaN stays NaN. Default: f32. */
+  readonly output?: ActivationOutput;
+}
+
 /** @throws RangeError unless `width` is a positive multiple of 4. */
-export async function createSiluMul(gpu: Gpu, { width }: { readonly width: number }): Promise<SiluMul> {
+export async function createSiluMul(gpu: Gpu, descriptor: SiluMulDescriptor): Promise<SiluMul> {
+  const { width, output: outputType = "f32" } = descriptor;
   if (!Number.isInteger(width) || width < 4 || width % 4 !== 0) {
     throw new RangeError(`silu-mul: width ${width}, must be a positive multiple of 4`);
   }
+  const threads = siluMulThreads(gpu.profile);
   const kernel = await cachedKernel(gpu, {
-    label: `silu-mul ${width}`,
-    code: siluMulWgsl(width),
+    label: `silu-mul ${width} ${outputType}`,
+    code: siluMulWgsl({ width, output: outputType, threads }),
     bindings: ["read", "read_write"],
     immediateBytes: 0,
   });
@@ -37,7 +46,7 @@ export async function createSiluMul(gpu: Gpu, { width }: { readonly width: numbe
       return {
         encode(pass, rows) {
           checkRows("silu-mul", rows);
-          bound.encode(pass, undefined, elementGrid(width / 4, rows));
+          bound.encode(pass, undefined, [Math.ceil(width / 4 / threads), rows]);
         },
       };
     },
