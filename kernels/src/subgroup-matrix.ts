@@ -41,6 +41,8 @@ export interface MatrixDialect {
   multiplyAccumulate(sum: string, left: string, right: string): string;
   /** Statement: the accumulator goes to `array` (f32) row by row; `stride` elements from row to row. */
   store(array: string, offset: string, stride: string, sum: string): string;
+  /** Statement: as `store`, to an array of vec4s; `offset` and `stride` count those. */
+  storeVectors(array: string, type: "vec4f" | "vec4<u32>", offset: string, stride: string, sum: string): string;
   /** Statement: `sum` is read back from where `store` put it. */
   load(array: string, offset: string, stride: string, sum: string): string;
   /** Module-scope functions that the statements above use: call it last, and append it to the module. */
@@ -62,11 +64,16 @@ diagnostic(off, chromium.subgroup_matrix_uniformity);`,
     loadRight: (name, source) => load("right", name, source),
     multiplyAccumulate: (sum, left, right) => `${sum} = subgroupMatrixMultiplyAccumulate(${left}, ${right}, ${sum});`,
     store: (array, offset, stride, sum) => `subgroupMatrixStore<row_major>(&${array}, ${offset}, ${sum}, ${stride});`,
+    storeVectors: (array, _type, offset, stride, sum) =>
+      `subgroupMatrixStore<row_major>(&${array}, ${offset}, ${sum}, ${stride});`,
     load: (array, offset, stride, sum) =>
       `${sum} = subgroupMatrixLoad<${result}, row_major>(&${array}, ${offset}, ${stride});`,
     functions: () => "",
   };
 }
+
+/** 0, but software drivers do not see it: they would unroll the loops and compile for half a minute. */
+const NOT_UNROLLED = "let never = lane >> 8u;";
 
 /** An operand is where it lies (first half, halves a line); a thread holds 8 sums: elements lane, lane + 32, ... */
 function emulatedDialect(lane: string): MatrixDialect {
@@ -101,10 +108,11 @@ function emulatedDialect(lane: string): MatrixDialect {
         `product ${key}`,
         `fn emulatedProduct_${key}(sums: array<f32, 8>, a: vec2u, b: vec2u, lane: u32) -> array<f32, 8> {
   var result = sums;
-  for (var i = 0u; i < 8u; i++) {
+  ${NOT_UNROLLED}
+  for (var i = 0u; i < 8u + never; i++) {
     let row = (lane + 32u * i) >> 4u; let column = (lane + 32u * i) & 15u;
     var sum = result[i];
-    for (var k = 0u; k < 16u; k++) { sum = fma(${element("a", left, "row", "k")}, ${element("b", right, "k", "column")}, sum); }
+    for (var k = 0u; k < 16u + never; k++) { sum = fma(${element("a", left, "row", "k")}, ${element("b", right, "k", "column")}, sum); }
     result[i] = sum;
   }
   return result;
@@ -117,17 +125,31 @@ function emulatedDialect(lane: string): MatrixDialect {
         `store ${array}`,
         `fn emulatedStore_${array}(offset: u32, stride: u32, sums: array<f32, 8>, lane: u32) {
   var values = sums;
-  for (var i = 0u; i < 8u; i++) { ${accumulatorAt} ${array}[at] = values[i]; }
+  ${NOT_UNROLLED}
+  for (var i = 0u; i < 8u + never; i++) { ${accumulatorAt} ${array}[at] = values[i]; }
 }`,
       );
       return `emulatedStore_${array}(${offset}, ${stride}, ${sum}, ${lane});`;
+    },
+    storeVectors(array, type, offset, stride, sum) {
+      functions.set(
+        `storeVectors ${array}`,
+        `fn emulatedStoreVectors_${array}(firstVector: u32, strideVectors: u32, sums: array<f32, 8>, lane: u32) {
+  let offset = firstVector * 4u; let stride = strideVectors * 4u;
+  var values = sums;
+  ${NOT_UNROLLED}
+  for (var i = 0u; i < 8u + never; i++) { ${accumulatorAt} ${array}[at >> 2u][at & 3u] = ${type === "vec4f" ? "values[i]" : "bitcast<u32>(values[i])"}; }
+}`,
+      );
+      return `emulatedStoreVectors_${array}(${offset}, ${stride}, ${sum}, ${lane});`;
     },
     load(array, offset, stride, sum) {
       functions.set(
         `load ${array}`,
         `fn emulatedLoad_${array}(offset: u32, stride: u32, lane: u32) -> array<f32, 8> {
   var values = array<f32, 8>();
-  for (var i = 0u; i < 8u; i++) { ${accumulatorAt} values[i] = ${array}[at]; }
+  ${NOT_UNROLLED}
+  for (var i = 0u; i < 8u + never; i++) { ${accumulatorAt} values[i] = ${array}[at]; }
   return values;
 }`,
       );
