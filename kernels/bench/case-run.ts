@@ -13,6 +13,8 @@ export interface CaseRunOptions {
   /** Cases that have not begun by then are not run, and their rows say so. */
   readonly deadline: number;
   readonly onResult: (result: BenchResult) => void;
+  /** Runs each case, so that several benches can take turns on one GPU. Default: at once. */
+  readonly exclusively?: <T>(work: () => Promise<T>) => Promise<T>;
 }
 
 /** A case that takes longer hangs: the GPU cannot be used any more. */
@@ -83,7 +85,8 @@ export async function runCases(cases: readonly KernelCase[], options: CaseRunOpt
     else if (performance.now() > options.deadline) result = { ...caseName(each), skipped: "the time was up" };
     else {
       try {
-        result = await runCase(each, options);
+        const run = () => runCase(each, options);
+        result = await (options.exclusively === undefined ? run() : options.exclusively(run));
       } catch (error) {
         gone = message(error);
         result = { ...caseName(each), error: gone };

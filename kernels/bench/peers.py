@@ -3,9 +3,12 @@
 Run it on the machine of the bench, right before it: `python3 peers.py [FILTER ...]` prints a JSON line for each shape and writes
 `peers.json` (the variable PEERS names another file; $OUT, where set, another folder), which the bench's table is joined with by `key`.
 
-Times are medians over CUDA graphs after 0.3 s of the same work, so that clocks are up. Weights rotate over more memory than the chip's cache holds.
+Where several benches share the GPU, the variable GPU_LOCK names a folder that one of them makes while it measures.
+
+Times are medians over CUDA graphs after 0.25 s of the same work, so that clocks are up. Weights rotate over more memory than the chip's cache holds.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -17,7 +20,7 @@ from torch.nn.attention import bias
 
 DEVICE = "cuda"
 HALF = torch.float16
-WARM_SECONDS = 0.3
+WARM_SECONDS = 0.25
 SAMPLES = 7
 ROTATE_BYTES = 400e6
 
@@ -66,6 +69,23 @@ VOCABULARIES = [(64, 128256), (1, 128256), (64, 32000)]
 results = {}
 
 
+@contextlib.contextmanager
+def exclusively():
+    path = os.environ.get("GPU_LOCK")
+    while path:
+        try:
+            os.mkdir(path)
+            break
+        except FileExistsError:
+            time.sleep(0.02)
+    try:
+        yield
+    finally:
+        if path:
+            torch.cuda.synchronize()
+            os.rmdir(path)
+
+
 def milliseconds(runs):
     """Median milliseconds of one run; `runs` is a list of functions, each one run with its own buffers."""
     stream = torch.cuda.Stream()
@@ -108,7 +128,8 @@ def report(key, make, bytes=0, flops=0):
     if filters and not any(text in key for text in filters):
         return
     try:
-        median, least, most = milliseconds(make())
+        with exclusively():
+            median, least, most = milliseconds(make())
         entry = {"key": key, "ms": round(median, 6), "min": round(least, 6), "max": round(most, 6)}
         if bytes:
             entry["gbPerSecond"] = round(bytes / median / 1e6, 1)

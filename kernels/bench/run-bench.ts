@@ -3,7 +3,8 @@
  * it as one file and runs it; the file alone, Node and the `webgpu` package are enough on a machine with a GPU.
  *
  * Prints a JSON line for what the run is (`origin`) and for each row (`result`), then the table. The exit code is 1 where a
- * row failed. `--report LINES` makes table and files from lines that a former run printed.
+ * row failed. Where several benches share the GPU, `--lock FOLDER` names a folder that one of them makes while it measures.
+ * `--report LINES` makes table and files from lines that a former run printed.
  */
 import { readFileSync, writeFileSync } from "node:fs";
 import { parseArgs } from "node:util";
@@ -14,6 +15,7 @@ import { runCases } from "./case-run.ts";
 import { HARDWARE_TIMING, SOFTWARE_TIMING } from "./case-timing.ts";
 import { CASE_LISTS } from "./cases/case-lists.ts";
 import { measureRoofs } from "./device-roofs.ts";
+import { folderLock } from "./folder-lock.ts";
 import type { CaseSize, KernelCase } from "./kernel-case.ts";
 
 /** Put in by the bundler. */
@@ -29,6 +31,7 @@ const { values: flags } = parseArgs({
     "peers-name": { type: "string" },
     report: { type: "string" },
     out: { type: "string" },
+    lock: { type: "string" },
   },
 });
 
@@ -62,14 +65,16 @@ async function measure(seconds: number): Promise<{ origin: BenchOrigin; results:
   const defaultSize: CaseSize = gpu.profile === "software" ? "tiny" : "full";
   const size = oneOf("size", flags.size ?? defaultSize, ["full", "tiny"]);
   const cases = CASE_LISTS.flatMap((list) => list(size)).filter(isWanted);
-  if (cases.length === 0 && flags.filter.length > 0) throw new RangeError(`no case matches --filter ${flags.filter.join(", ")}`);
+  if (cases.length === 0 && flags.filter.length > 0)
+    throw new RangeError(`no case matches --filter ${flags.filter.join(", ")}`);
   const timing = gpu.profile === "software" ? SOFTWARE_TIMING : HARDWARE_TIMING;
-  const roofs = await measureRoofs(gpu, timing);
+  const exclusively = folderLock(flags.lock);
+  const roofs = await exclusively(() => measureRoofs(gpu, timing));
   const commit = typeof BENCH_COMMIT === "string" ? BENCH_COMMIT : "unknown";
   const origin: BenchOrigin = { device: gpu.name, date: new Date().toISOString(), commit, roofs };
   print({ origin });
   const onResult = (result: BenchResult) => print({ result });
-  return { origin, results: await runCases(cases, { gpu, roofs, timing, deadline, onResult }) };
+  return { origin, results: await runCases(cases, { gpu, roofs, timing, deadline, onResult, exclusively }) };
 }
 
 /** Reads the lines of a former run. */
