@@ -9,6 +9,7 @@
  * the number of rows, nor on the tile.
  */
 
+import { PACK_HALVES_WGSL } from "./half-output.wgsl.ts";
 import { type MatrixWeightUnit, matrixWeightUnit } from "./linear-matrix-weights.wgsl.ts";
 import { LINEAR_PARAMETERS } from "./linear-parameters.wgsl.ts";
 import { MATRIX_SIZE, MATRIX_THREADS, type MatrixDialect } from "./subgroup-matrix.ts";
@@ -295,15 +296,14 @@ function storeGated(options: MatrixPrefillOptions): string {
     .join("\n  ");
 }
 
-function gatedFunctions(tile: MatrixTile): string {
-  return `
+function gatedFunctions(tile: MatrixTile, unit: MatrixWeightUnit): string {
+  return `${unit.functions.includes(PACK_HALVES_WGSL) ? "" : PACK_HALVES_WGSL}
 fn gatedHalves(at: u32) -> vec2<u32> {
   let gate = bitcast<vec4f>(staged[at]);
   let up = bitcast<vec4f>(staged[at + ${tile.tilesN * 2}u]);
   // exp(-gate) stays finite: beyond 88 the sigmoid is 0 in f32 to the last bit that matters.
   let sigmoid = vec4f(1.0) / (vec4f(1.0) + exp(min(-gate, vec4f(88.0))));
-  let value = clamp(gate * sigmoid * up, vec4f(-65504.0), vec4f(65504.0));
-  return vec2<u32>(pack2x16float(value.xy), pack2x16float(value.zw));
+  return packHalves(gate * sigmoid * up);
 }
 fn gated(at: u32) -> vec4<u32> { return vec4<u32>(gatedHalves(at), gatedHalves(at + 1u)); }
 `;
@@ -330,7 +330,8 @@ export function linearMatrixPrefillWgsl(options: MatrixPrefillOptions): string {
   let firstOutput = (inBand / bandRows) * ${outputs}u;`
     : `let firstRow = group.x * ${tileRows(tile)}u;
   let firstOutput = group.y * ${outputs}u;`;
-  const text = `${dialect.directives}
+  const enableF16 = shaderF16 && !dialect.directives.includes("enable f16;") ? "enable f16;\n" : "";
+  const text = `${enableF16}${dialect.directives}
 requires immediate_address_space;
 ${LINEAR_PARAMETERS}
 @group(0) @binding(0) var<storage, read> input: array<vec4<u32>>;
@@ -339,7 +340,7 @@ ${LINEAR_PARAMETERS}
 @group(0) @binding(3) var<storage, read_write> output: array<${epilogue === "silu-mul" ? "vec4<u32>" : "vec4f"}>;
 ${unit.functions}
 var<workgroup> staged: array<vec4<u32>, ${stagedVectors(tile)}>;
-${epilogue === "silu-mul" ? gatedFunctions(tile) : ""}
+${epilogue === "silu-mul" ? gatedFunctions(tile, unit) : ""}
 
 @compute @workgroup_size(${tileThreads(tile)})
 fn main(@builtin(workgroup_id) group: vec3u, @builtin(num_workgroups) groups: vec3u, @builtin(local_invocation_index) thread: u32) {

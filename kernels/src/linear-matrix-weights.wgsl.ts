@@ -6,8 +6,9 @@
  * multiple of 32, so that rows are whole vec4s.
  *
  * Codes become halves by their place in the mantissa of a power of two, exactly; scales that were f16 in the file are
- * applied in f16 (one rounding), the others in f32 with one rounding at the end. Weights beyond ±65504 are clamped.
+ * applied in f16 (one rounding), the others in f32 with one rounding at the end. Float weights beyond ±65504 are clamped.
  */
+import { PACK_HALVES_WGSL } from "./half-output.wgsl.ts";
 import type { WeightEncoding } from "./weight-encoding.ts";
 
 /** One register of a fetched unit. */
@@ -29,19 +30,11 @@ export interface MatrixWeightUnit {
   fetch(output: string, unit: string, k: string): readonly string[];
   /** Expressions (`vec4<u32>`, 8 halves each, columns in order) from texts of the fields, in their order: columns / 8. */
   halves(fields: readonly string[]): readonly string[];
-  /** Module-scope functions that the expressions call. Needs `enable f16;` where `native`. */
+  /** Module-scope functions that the expressions call; may hold `PACK_HALVES_WGSL`. */
   readonly functions: string;
 }
 
 const CODES: WeightField = { name: "codes", type: "vec4<u32>" };
-
-const PACK_CLAMPED = `
-fn packClamped(low: vec4f, high: vec4f) -> vec4<u32> {
-  let a = clamp(low, vec4f(-65504.0), vec4f(65504.0));
-  let b = clamp(high, vec4f(-65504.0), vec4f(65504.0));
-  return vec4<u32>(pack2x16float(a.xy), pack2x16float(a.zw), pack2x16float(b.xy), pack2x16float(b.zw));
-}
-`;
 
 function floatUnit(format: "f32" | "f16" | "bf16"): MatrixWeightUnit {
   switch (format) {
@@ -59,11 +52,11 @@ function floatUnit(format: "f32" | "f16" | "bf16"): MatrixWeightUnit {
         fields: [CODES],
         fetch: (output, unit, k) => [`codes[${output} * (${k} / 8u) + ${unit}]`],
         halves: ([codes]) => [`halvesOfBrain(${codes})`],
-        functions: `${PACK_CLAMPED}
+        functions: `${PACK_HALVES_WGSL}
 fn halvesOfBrain(c: vec4<u32>) -> vec4<u32> {
   let low = bitcast<vec4f>(vec4<u32>(c.x << 16u, c.x & 0xffff0000u, c.y << 16u, c.y & 0xffff0000u));
   let high = bitcast<vec4f>(vec4<u32>(c.z << 16u, c.z & 0xffff0000u, c.w << 16u, c.w & 0xffff0000u));
-  return packClamped(low, high);
+  return vec4<u32>(packHalves(low), packHalves(high));
 }
 `,
       };
@@ -72,8 +65,8 @@ fn halvesOfBrain(c: vec4<u32>) -> vec4<u32> {
         columns: 8,
         fields: [CODES, { name: "more", type: "vec4<u32>" }],
         fetch: (output, unit, k) => [0, 1].map((half) => `codes[${output} * (${k} / 4u) + (${unit}) * 2u + ${half}u]`),
-        halves: ([low, high]) => [`packClamped(bitcast<vec4f>(${low}), bitcast<vec4f>(${high}))`],
-        functions: PACK_CLAMPED,
+        halves: ([low, high]) => [`vec4<u32>(packHalves(bitcast<vec4f>(${low})), packHalves(bitcast<vec4f>(${high})))`],
+        functions: PACK_HALVES_WGSL,
       };
   }
 }
@@ -143,7 +136,7 @@ fn highNibbles(word: u32, scale: vec2<f16>) -> vec2<u32> {
 const FLOAT_ORDER = `
 fn scaledInOrder(biased: vec4<u32>, bias: f32, scale: vec2f) -> vec2<u32> {
   let code = bitcast<vec4f>(biased | vec4<u32>(0x4b000000u)) - vec4f(bias);
-  let value = clamp(fma(code, vec4f(scale.x), vec4f(scale.y)), vec4f(-65504.0), vec4f(65504.0));
+  let value = fma(code, vec4f(scale.x), vec4f(scale.y));
   return vec2<u32>(pack2x16float(value.xy), pack2x16float(value.zw));
 }
 `;

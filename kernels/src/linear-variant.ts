@@ -1,15 +1,26 @@
-/** Which linear kernels a device gets: tile shapes per profile and phase. All variants of one phase give equal bits. */
+/** Which plain linear kernels a device gets: tile shapes per profile and phase. All variants of one phase give equal bits. */
 import type { Gpu } from "./device.ts";
 import { type ColumnsTile, linearColumnsWgsl } from "./linear-columns.wgsl.ts";
 import { linearRowsDecodeWgsl, linearRowsPrefillWgsl, ROWS_PREFILL_TILE } from "./linear-rows.wgsl.ts";
 import type { LinearWeight } from "./linear-weight.ts";
 
+/** One kernel with the bindings input, codes, scales and output. */
 export interface LinearVariant {
   readonly label: string;
   readonly code: string;
-  /** The variant of choice for dispatches of at most so many rows. */
-  readonly rowsUpTo: number;
   grid(rows: number): readonly [number, number];
+}
+
+/** The kernels of one layer. */
+export interface LinearVariants {
+  readonly variants: readonly LinearVariant[];
+  /** Index of the variant that takes a dispatch of so many rows. */
+  choose(rows: number): number;
+}
+
+/** A variant of choice for dispatches of at most `rowsUpTo` rows. */
+interface BoundedVariant extends LinearVariant {
+  readonly rowsUpTo: number;
 }
 
 const COLUMN_TILES: readonly { readonly rowsUpTo: number; readonly tile: ColumnsTile }[] = [
@@ -17,7 +28,7 @@ const COLUMN_TILES: readonly { readonly rowsUpTo: number; readonly tile: Columns
   { rowsUpTo: Number.POSITIVE_INFINITY, tile: { lanes: 8, tileRows: 4, tileColumns: 8 } },
 ];
 
-function columnsVariants(weight: LinearWeight, maxRows: number): LinearVariant[] {
+function columnsVariants(weight: LinearWeight, maxRows: number): BoundedVariant[] {
   const { encoding } = weight;
   const needed = COLUMN_TILES.filter((_, index) => index === 0 || maxRows > (COLUMN_TILES[index - 1]?.rowsUpTo ?? 0));
   return needed.map(({ rowsUpTo, tile }) => ({
@@ -35,7 +46,7 @@ function decodeOutputs(outputs: number): number {
   return outputs <= 4 * 65535 ? 4 : 8;
 }
 
-function rowsDecodeVariants(gpu: Gpu, weight: LinearWeight, maxRows: number): LinearVariant[] {
+function rowsDecodeVariants(gpu: Gpu, weight: LinearWeight, maxRows: number): BoundedVariant[] {
   const { encoding } = weight;
   const outputs = decodeOutputs(weight.rows);
   return DECODE_ROWS.slice(0, maxRows > 1 ? 2 : 1).map((rows) => ({
@@ -46,7 +57,7 @@ function rowsDecodeVariants(gpu: Gpu, weight: LinearWeight, maxRows: number): Li
   }));
 }
 
-function rowsPrefillVariant(weight: LinearWeight): LinearVariant {
+function rowsPrefillVariant(weight: LinearWeight): BoundedVariant {
   const { encoding } = weight;
   return {
     label: `linear prefill ${encoding.format} ${encoding.scales} ${encoding.group}`,
@@ -56,16 +67,30 @@ function rowsPrefillVariant(weight: LinearWeight): LinearVariant {
   };
 }
 
-/** Variants in the order of `rowsUpTo`; at least one. */
+/** The last variant takes all that is larger. */
+function byRows(variants: readonly BoundedVariant[]): LinearVariants {
+  return {
+    variants,
+    choose(rows) {
+      const index = variants.findIndex(({ rowsUpTo }) => rows <= rowsUpTo);
+      return index < 0 ? variants.length - 1 : index;
+    },
+  };
+}
+
+/**
+ * Kernels with f32 inputs.
+ * @throws RangeError for a weight laid out for another profile.
+ */
 export function linearVariants(
   gpu: Gpu,
   weight: LinearWeight,
   phase: "prefill" | "decode",
   maxRows: number,
-): readonly LinearVariant[] {
+): LinearVariants {
   if ((gpu.profile === "software") !== (weight.layout === "columns")) {
     throw new RangeError(`${weight.label}: layout ${weight.layout} does not belong to profile ${gpu.profile}`);
   }
-  if (weight.layout === "columns") return columnsVariants(weight, maxRows);
-  return phase === "prefill" ? [rowsPrefillVariant(weight)] : rowsDecodeVariants(gpu, weight, maxRows);
+  if (weight.layout === "columns") return byRows(columnsVariants(weight, maxRows));
+  return byRows(phase === "prefill" ? [rowsPrefillVariant(weight)] : rowsDecodeVariants(gpu, weight, maxRows));
 }

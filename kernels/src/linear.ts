@@ -8,8 +8,9 @@ import type { Gpu } from "./device.ts";
 import type { Kernel } from "./kernel.ts";
 import { cachedKernel } from "./kernel-cache.ts";
 import { columnsSteps } from "./linear-columns.wgsl.ts";
+import { linearMatrixVariants } from "./linear-matrix-variant.ts";
 import { LINEAR_IMMEDIATE_BYTES } from "./linear-parameters.wgsl.ts";
-import { type LinearVariant, linearVariants } from "./linear-variant.ts";
+import { type LinearVariant, type LinearVariants, linearVariants } from "./linear-variant.ts";
 import type { LinearWeight } from "./linear-weight.ts";
 
 export interface LinearDescriptor {
@@ -69,14 +70,13 @@ interface CompiledVariant {
  * @throws RangeError for `maxRows` outside 1 … 65535 or a weight laid out for another profile.
  */
 export async function createLinear(gpu: Gpu, descriptor: LinearDescriptor): Promise<Linear> {
-  const { weight, phase, maxRows } = descriptor;
+  const { weight, maxRows } = descriptor;
   if (!Number.isInteger(maxRows) || maxRows < 1 || maxRows > 65535) {
     throw new RangeError(`${weight.label}: maxRows ${maxRows}, must be 1 … 65535`);
   }
-  if (descriptor.input === "f16") throw new RangeError(`${weight.label}: matrix kernels are not there yet`);
-  const variants = linearVariants(gpu, weight, phase, maxRows);
+  const plan = pickVariants(gpu, descriptor);
   const compiled = await Promise.all(
-    variants.map(async (variant): Promise<CompiledVariant> => {
+    plan.variants.map(async (variant): Promise<CompiledVariant> => {
       const kernel = await cachedKernel(gpu, {
         label: variant.label,
         code: variant.code,
@@ -86,20 +86,38 @@ export async function createLinear(gpu: Gpu, descriptor: LinearDescriptor): Prom
       return { variant, kernel };
     }),
   );
-  return { bind: (buffers) => bindLinear(descriptor, compiled, buffers) };
+  return { bind: (buffers) => bindLinear(descriptor, plan, compiled, buffers) };
+}
+
+function pickVariants(gpu: Gpu, descriptor: LinearDescriptor): LinearVariants {
+  const { weight, phase, maxRows, input = "f32", epilogue = "none" } = descriptor;
+  if (input === "f16") return linearMatrixVariants(gpu, descriptor);
+  if (epilogue !== "none") throw new RangeError(`${weight.label}: epilogue ${epilogue} needs f16 inputs`);
+  return linearVariants(gpu, weight, phase, maxRows);
+}
+
+function checkOutput({ weight, input, epilogue }: LinearDescriptor, stride: number, offset: number): void {
+  if (offset < 0 || offset + weight.rows > stride) {
+    throw new RangeError(`${weight.label}: outputs ${offset} … ${offset + weight.rows} do not fit a row of ${stride}`);
+  }
+  if (input !== "f16") return;
+  if (epilogue === "silu-mul" && (stride !== weight.rows || offset !== 0)) {
+    throw new RangeError(`${weight.label}: gated outputs have no stride or offset of their own`);
+  }
+  if (stride % 4 !== 0 || offset % 4 !== 0) {
+    throw new RangeError(`${weight.label}: stride ${stride} and offset ${offset} must be multiples of 4`);
+  }
 }
 
 function bindLinear(
-  { weight, maxRows, accumulate }: LinearDescriptor,
+  descriptor: LinearDescriptor,
+  plan: LinearVariants,
   compiled: readonly CompiledVariant[],
   buffers: LinearBuffers,
 ): BoundLinear {
+  const { weight, maxRows, accumulate } = descriptor;
   const { outputStride = weight.rows, outputOffset = 0 } = buffers;
-  if (outputOffset < 0 || outputOffset + weight.rows > outputStride) {
-    throw new RangeError(
-      `${weight.label}: outputs ${outputOffset} … ${outputOffset + weight.rows} do not fit a row of ${outputStride}`,
-    );
-  }
+  checkOutput(descriptor, outputStride, outputOffset);
   const bound = compiled.map(({ variant, kernel }) => ({
     variant,
     kernel: kernel.bind([buffers.input, weight.codes, weight.scales, buffers.output]),
@@ -120,8 +138,7 @@ function bindLinear(
         throw new RangeError(`${weight.label}: ${rows} rows, must be 1 … ${maxRows}`);
       }
       immediates[0] = rows;
-      // Variants are ordered by tile height; the last one takes all that is larger.
-      const chosen = bound.find(({ variant }) => rows <= variant.rowsUpTo) ?? bound[bound.length - 1];
+      const chosen = bound[plan.choose(rows)];
       if (chosen === undefined) throw new Error(`${weight.label}: no kernel variant`);
       chosen.kernel.encode(pass, immediates, chosen.variant.grid(rows));
     },
