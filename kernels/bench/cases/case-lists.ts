@@ -1,4 +1,5 @@
 /** Every list of cases that the bench runs, in the order of its table. A new file in this folder gets a line here. */
 import type { CaseList } from "../kernel-case.ts";
+import { gemmCases } from "./gemm.ts";
 
-export const CASE_LISTS: readonly CaseList[] = [];
+export const CASE_LISTS: readonly CaseList[] = [gemmCases];
