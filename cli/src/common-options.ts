@@ -1,7 +1,7 @@
 /** Options that several commands share, under one name and with one meaning. */
 import { KV_FORMAT_NAMES } from "@kivimesh/kernels";
 import type { EngineConfig, Numerics } from "@kivimesh/worker";
-import type { Command } from "commander";
+import type { Command, Option } from "commander";
 import { DEFAULT_MODEL } from "./model/known-models.ts";
 import { resolveModel } from "./model/model-source.ts";
 import { bytes, integer, option } from "./option-values.ts";
@@ -17,9 +17,10 @@ export interface ModelOptions {
 export function addModelOptions(command: Command): Command {
   return command
     .addOption(
-      option("-m, --model <model>", "a known name, hf:owner/repository[/file.gguf], a .gguf file or a folder").default(
-        DEFAULT_MODEL,
-      ),
+      option(
+        "-m, --model <model>",
+        "a known name, hf:owner/repository[/file.gguf], a .gguf file or a folder, or dummy:ARCHITECTURE",
+      ).default(DEFAULT_MODEL),
     )
     .addOption(
       option("--load-format <format>", "auto: the model's weights; dummy: random ones of --architecture")
@@ -44,32 +45,37 @@ export interface EngineOptions {
 }
 
 /** How the engine runs it. */
-export function addEngineOptions(command: Command): Command {
-  return command
-    .addOption(
-      option("--kv-format <format>", "how sealed KV blocks are quantized (default: kivi2r)").choices(KV_FORMAT_NAMES),
-    )
-    .addOption(option("--kv-bytes <bytes>", "GPU memory for sealed KV blocks, such as 512MiB").argParser(bytes))
-    .addOption(option("--max-sequences <n>", "sequences that run at once").argParser(integer(1, 1024)))
-    .addOption(option("--max-prefill-rows <n>", "prompt tokens of one step").argParser(integer(1)))
-    .addOption(option("--max-context-tokens <n>", "longest sequence").argParser(integer(1)))
-    .addOption(option("--block-tokens <n>", "tokens of a KV block (default: 128)").argParser(integer(1)))
-    .addOption(option("--residual-tokens <n>", "newest tokens kept as f16 (default: 128)").argParser(integer(1)))
-    .addOption(
-      option(
-        "--numerics <mode>",
-        "invariant: results depend on nothing but the request; fast: equal up to rounding",
-      ).choices(["invariant", "fast"]),
-    )
-    .addOption(option("--gpu-adapter <name>", "part of the GPU's name, where there are several"));
+function engineOptions(): Option[] {
+  return [
+    option("--kv-format <format>", "how sealed KV blocks are quantized (default: kivi2r)").choices(KV_FORMAT_NAMES),
+    option("--kv-bytes <bytes>", "GPU memory for sealed KV blocks, such as 512MiB").argParser(bytes),
+    option("--max-sequences <n>", "sequences that run at once").argParser(integer(1, 1024)),
+    option("--max-prefill-rows <n>", "prompt tokens of one step").argParser(integer(1)),
+    option("--max-context-tokens <n>", "longest sequence").argParser(integer(1)),
+    option("--block-tokens <n>", "tokens of a KV block (default: 128)").argParser(integer(1)),
+    option("--residual-tokens <n>", "newest tokens kept as f16 (default: 128)").argParser(integer(1)),
+    option(
+      "--numerics <mode>",
+      "invariant: results depend on nothing but the request; fast: equal up to rounding",
+    ).choices(["invariant", "fast"]),
+    option("--gpu-adapter <name>", "part of the GPU's name, where there are several"),
+  ];
+}
+
+/** @param except long names of those that the command has in a form of its own. */
+export function addEngineOptions(command: Command, except: readonly string[] = []): Command {
+  for (const each of engineOptions()) if (!except.includes(each.name())) command.addOption(each);
+  return command;
 }
 
 /** What the engine is to load. @throws ClusterError where the model is not on this machine. */
 export async function modelConfig(
   options: ModelOptions,
 ): Promise<Pick<EngineConfig, "modelPath" | "dummyArchitecture" | "modelName">> {
-  if (options.loadFormat === "dummy") {
-    return { dummyArchitecture: options.architecture ?? "tiny-llama", modelName: options.architecture ?? "tiny-llama" };
+  const [, named] = /^dummy:(.+)$/.exec(options.model) ?? [];
+  if (named !== undefined || options.loadFormat === "dummy") {
+    const architecture = named ?? options.architecture ?? "tiny-llama";
+    return { dummyArchitecture: architecture, modelName: architecture };
   }
   const { path, name } = await resolveModel(options.model);
   return { modelPath: path, modelName: name };

@@ -128,7 +128,7 @@ describe("the command line", () => {
     const program = commandLine({ output: { write() {}, line() {}, json() {}, notice() {} }, exitWith() {} });
     const leaves = program.commands.flatMap((command) => (command.commands.length > 0 ? command.commands : [command]));
     expect(leaves.map((command) => command.name()).sort()).toEqual(
-      ["cachestore", "engine", "gateway", "models", "perplexity", "pull", "run", "up", "worker"].sort(),
+      ["cachestore", "engine", "gateway", "models", "perplexity", "pull", "run", "throughput", "up", "worker"].sort(),
     );
     for (const command of leaves) {
       let help = "";

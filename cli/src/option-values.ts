@@ -57,6 +57,20 @@ export function list(text: string): string[] {
   return values;
 }
 
+/** Comma-separated values, each as `each` reads it. */
+export function listOf<T>(each: (text: string) => T): (text: string) => T[] {
+  return (text) => list(text).map(each);
+}
+
+/** One of a few words. */
+export function oneOf<T extends string>(allowed: readonly T[]): (text: string) => T {
+  return (text) => {
+    const found = allowed.find((word) => word === text);
+    if (found === undefined) throw new InvalidArgumentError(`allowed are ${allowed.join(", ")}, got "${text}"`);
+    return found;
+  };
+}
+
 /** An option whose environment twin is KIVIMESH_ and its long name: `--http-port` is KIVIMESH_HTTP_PORT. */
 export function option(flags: string, description: string): Option {
   const made = new Option(flags, description);

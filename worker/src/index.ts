@@ -37,5 +37,11 @@ export {
   type TokenizerDefinition,
   textPerplexity,
 } from "./model/index.ts";
-export { type OpenEngine, openEngine, type SimpleGeneration } from "./open-engine.ts";
+export {
+  type EngineParts,
+  type OpenEngine,
+  openEngine,
+  openEngineParts,
+  type SimpleGeneration,
+} from "./open-engine.ts";
 export { startWorker, type WorkerSeams, type WorkerService } from "./worker.ts";

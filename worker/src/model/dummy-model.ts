@@ -68,7 +68,8 @@ const LLAMA2: Shape = {
   kvHeads: 32,
   headDim: 128,
   vocabulary: 32_000,
-  contextTokens: 4096,
+  // Twice what it was trained on: random weights do not mind, and benches with long prompts need it.
+  contextTokens: 8192,
   theta: 10_000,
   tiedEmbedding: false,
 };
