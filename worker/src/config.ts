@@ -33,6 +33,14 @@ export interface EngineConfig {
   /** Prefill rows of one step. Default: 128 on software drivers, 1024 on hardware, but never less than R. */
   readonly maxPrefillRows?: number | undefined;
   readonly maxContextTokens?: number | undefined;
+  /** See EngineOptions. Default: 8 on hardware, 1 on software drivers. */
+  readonly decodeStepsPerSubmit?: number | undefined;
+  /** See EngineOptions. Default: 30. */
+  readonly submitLatencyMs?: number | undefined;
+  /** See EngineOptions. Default: 2 on hardware, 1 on software drivers. */
+  readonly submitsInFlight?: number | undefined;
+  /** Steps without prefill between two with it, while something decodes. Default: 1 on hardware, 4 on software drivers. */
+  readonly decodeStepsPerPrefill?: number | undefined;
   /** Default "invariant". */
   readonly numerics?: Numerics | undefined;
   /** Substring of the GPU adapter's name, where several are installed. */
@@ -66,12 +74,16 @@ const configSchema = z.object({
   id: z.string().regex(/^[A-Za-z0-9._-]{1,100}$/, 'must be 1 to 100 letters, digits, ".", "_" or "-"'),
   port: port.optional(),
   metricsPort: port.optional(),
-  maxSequences: positive.max(1024).optional(),
+  maxSequences: positive.max(4096).optional(),
   kvBytes: positive.optional(),
   maxPrefillRows: positive.optional(),
   blockTokens: positive.optional(),
   residualTokens: positive.optional(),
   maxContextTokens: positive.optional(),
+  decodeStepsPerSubmit: positive.optional(),
+  submitLatencyMs: z.coerce.number().positive().optional(),
+  submitsInFlight: positive.optional(),
+  decodeStepsPerPrefill: z.coerce.number().int().min(0).optional(),
   numerics: z.enum(["invariant", "fast"]).optional(),
   logLevel: z.enum(["trace", "debug", "info", "warn", "error", "fatal", "silent"]).optional(),
 });

@@ -1,7 +1,7 @@
 import type { EngineStats } from "./engine-stats.ts";
 import { MeasuredRate } from "./fetch-choice.ts";
 import type { TokenSources } from "./generation.ts";
-import type { StepPlan } from "./model/index.ts";
+import type { StepPlan, StepSeconds } from "./model/index.ts";
 
 /** What an engine counts while it runs. */
 export class EngineCounters {
@@ -10,18 +10,30 @@ export class EngineCounters {
   prefillTokens = 0;
   decodeTokens = 0;
   preemptions = 0;
+  /** Seconds in which the engine's thread planned, encoded and handed out. */
+  hostSeconds = 0;
+  /** Of a decode step, measured last; 0 until known. */
+  decodeStepSeconds = 0;
   readonly #seconds = { prefill: 0, decode: 0, mixed: 0 };
+  #encodeSeconds = 0;
+  #gpuSeconds = 0;
+  #submits = 0;
   readonly #sources = { gpu: 0, peer: 0, cachestore: 0, computed: 0 };
 
-  /** Notes a step of `wall` seconds. */
-  step(plan: StepPlan, wall: number): void {
+  /** Notes a step. @param wall seconds from when the GPU was free for it. */
+  step(plan: StepPlan, { encode, gpu }: StepSeconds, wall: number): void {
+    const { decodeSteps = 1 } = plan;
     const rows = plan.prefill.reduce((sum, chunk) => sum + chunk.tokens.length, 0);
     const kind = plan.decode.length === 0 ? "prefill" : rows === 0 ? "decode" : "mixed";
     this.#seconds[kind] += wall;
-    this.steps += 1;
+    this.#encodeSeconds += encode;
+    this.#gpuSeconds += gpu ?? 0;
+    this.#submits += 1;
+    this.steps += decodeSteps;
     this.prefillTokens += rows;
-    this.decodeTokens += plan.decode.length;
+    this.decodeTokens += plan.decode.length * decodeSteps;
     if (kind === "prefill") this.prefillRate.add(rows, wall);
+    if (kind === "decode") this.decodeStepSeconds = (gpu ?? wall) / decodeSteps;
   }
 
   /** Notes where the prompt of a finished request came from. */
@@ -38,6 +50,8 @@ export class EngineCounters {
     | "prefillTokensPerSecond"
     | "promptTokensBySource"
     | "stepSeconds"
+    | "submits"
+    | "submitSeconds"
   > {
     const { steps, prefillTokens, decodeTokens, preemptions } = this;
     return {
@@ -48,6 +62,8 @@ export class EngineCounters {
       prefillTokensPerSecond: this.prefillRate.value,
       promptTokensBySource: { ...this.#sources },
       stepSeconds: { ...this.#seconds },
+      submits: this.#submits,
+      submitSeconds: { host: this.hostSeconds, encode: this.#encodeSeconds, gpu: this.#gpuSeconds },
     };
   }
 }

@@ -31,6 +31,13 @@ export interface EngineStats {
     readonly cachestore: number;
     readonly computed: number;
   };
-  /** Wall seconds spent in steps, by what they held. */
+  /** Submits: one may hold several decode steps. */
+  readonly submits: number;
+  /**
+   * Seconds over all submits: `host` of the engine's thread in planning, encoding and handing out; `encode` of that in
+   * the runner, until the GPU had everything; `gpu` on the GPU by its clock, 0 where it has none.
+   */
+  readonly submitSeconds: { readonly host: number; readonly encode: number; readonly gpu: number };
+  /** Wall seconds spent in steps, by what they held; steps under way at once are not counted twice. */
   readonly stepSeconds: { readonly prefill: number; readonly decode: number; readonly mixed: number };
 }

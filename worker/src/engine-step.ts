@@ -7,45 +7,55 @@ import type { SequenceTable } from "./sequence-table.ts";
 /** A sequence's part in a step: afterwards its first `end` tokens are computed. */
 export interface StepPart {
   readonly sequence: Sequence;
+  readonly slot: number;
   readonly start: number;
   readonly end: number;
-  /** Whether the step samples the sequence's next token. */
-  readonly samples: boolean;
+  /** Tokens that the step samples for the sequence. */
+  readonly samples: number;
   readonly phase: "prefill" | "decode";
 }
 
 /** A planned step with pages reserved: what the runner runs, and whose rows these are. */
 export interface BuiltStep {
   readonly plan: StepPlan;
+  /** In the order of the plan: prefill chunks, then decode rows. */
   readonly parts: readonly StepPart[];
 }
 
-/** Carries out preemption and admission, and reserves the pages of every row. */
+/** Carries out preemption and admission, reserves the pages of every row, and notes in the sequences what is under way. */
 export function buildStep(planned: PlannedStep, table: SequenceTable): BuiltStep {
-  const byId = new Map(table.all.map((sequence) => [sequence.id, sequence]));
-  const find = (id: string): Sequence => byId.get(id)!;
+  const find = (id: string): Sequence => table.find(id)!;
   for (const id of planned.preempt) table.preempt(find(id));
   for (const id of planned.admit) table.admit(find(id));
   const parts: StepPart[] = [];
   const prefill: PrefillChunk[] = [];
   const decode: DecodeRow[] = [];
+  const { decodeSteps } = planned;
   for (const { id, start, end } of planned.prefill) {
     const sequence = find(id);
     // A resumed sequence has tokens behind its prefill: they are replayed as decode rows before it samples.
-    const samples = end === sequence.tokens.length;
+    const samples = end === sequence.tokens.length ? 1 : 0;
     table.reserve(sequence, end);
-    parts.push({ sequence, start, end, samples, phase: "prefill" });
-    prefill.push(prefillChunk(sequence, start, end, samples));
+    parts.push({ sequence, slot: sequence.slot, start, end, samples, phase: "prefill" });
+    prefill.push(prefillChunk(sequence, start, end, samples === 1));
+    begin(sequence, end, samples);
   }
   for (const id of planned.decode) {
     const sequence = find(id);
-    const start = sequence.computed;
-    const samples = start + 1 === sequence.tokens.length;
-    table.reserve(sequence, start + 1);
-    parts.push({ sequence, start, end: start + 1, samples, phase: "decode" });
-    decode.push(decodeRow(sequence, start, samples));
+    const start = sequence.planned;
+    const end = start + decodeSteps;
+    const samples = sequence.replays ? 0 : decodeSteps;
+    table.reserve(sequence, end);
+    parts.push({ sequence, slot: sequence.slot, start, end, samples, phase: "decode" });
+    decode.push(decodeRow(sequence, start));
+    begin(sequence, end, samples);
   }
-  return { plan: { prefill, decode }, parts };
+  return { plan: { prefill, decode, decodeSteps }, parts };
+}
+
+function begin(sequence: Sequence, end: number, samples: number): void {
+  sequence.planned = end;
+  sequence.unread += samples;
 }
 
 function prefillChunk(sequence: Sequence, start: number, end: number, samples: boolean): PrefillChunk {
@@ -56,20 +66,13 @@ function prefillChunk(sequence: Sequence, start: number, end: number, samples: b
     pageTable: sequence.pages,
   };
   if (!samples) return chunk;
-  return { ...chunk, sample: sequence.request.sampling, returnLogits: wantsLogits(sequence) };
+  return { ...chunk, sample: sequence.request.sampling, returnLogits: sequence.wantsLogits };
 }
 
-function decodeRow(sequence: Sequence, position: number, samples: boolean): DecodeRow {
-  return {
-    slot: sequence.slot,
-    token: sequence.tokens[position]!,
-    position,
-    pageTable: sequence.pages,
-    sample: sequence.request.sampling,
-    returnLogits: samples && wantsLogits(sequence),
-  };
-}
-
-function wantsLogits(sequence: Sequence): boolean {
-  return sequence.request.returnFirstLogits && sequence.generated === 0;
+function decodeRow(sequence: Sequence, position: number): DecodeRow {
+  const { slot, tokens, pages: pageTable } = sequence;
+  const returnLogits = !sequence.replays && sequence.wantsLogits;
+  const row = { slot, position, pageTable, sample: sequence.request.sampling, returnLogits };
+  // A token that no result has brought yet is on the GPU.
+  return position < tokens.length ? { ...row, token: tokens[position]! } : row;
 }

@@ -4,8 +4,9 @@ import { BlockReads } from "./block-reads.ts";
 import type { BlockTransfer, SealedBlock } from "./block-transfer.ts";
 import type { Numerics } from "./config.ts";
 import { EngineCounters } from "./engine-counters.ts";
+import { type EndedStep, EnginePipeline } from "./engine-pipeline.ts";
 import type { EngineStats } from "./engine-stats.ts";
-import { type BuiltStep, buildStep, type StepPart } from "./engine-step.ts";
+import { buildStep, type StepPart } from "./engine-step.ts";
 import type { GenerationEvent, GenerationOutcome, GenerationRequest } from "./generation.ts";
 import type { ModelRunner, SampledToken } from "./model/index.ts";
 import { PagePool, type PrefixIndexChange } from "./page-pool.ts";
@@ -14,7 +15,6 @@ import { checkRequest } from "./request-check.ts";
 import { planStep, type SchedulerLimits, sealedPages } from "./scheduler.ts";
 import { Sequence, sequenceId } from "./sequence.ts";
 import { SequenceTable } from "./sequence-table.ts";
-import { stepTimeoutMs, within } from "./step-timeout.ts";
 import { WakeSignal } from "./wake-signal.ts";
 
 /** How long an engine that cannot run a step waits for pages or blocks before it looks again, in milliseconds. */
@@ -29,6 +29,12 @@ export interface EngineOptions {
   readonly maxPrefillRows: number;
   /** See SchedulerLimits. */
   readonly decodeStepsPerPrefill: number;
+  /** Most decode steps in one submit: tokens come in groups of that size, where the host has nothing else to do. */
+  readonly decodeStepsPerSubmit: number;
+  /** How long the decode steps of one submit may take together, in milliseconds: a new request or an abort waits for it. */
+  readonly submitLatencyMs: number;
+  /** Submits that may be under way at once; from 2 on, one is encoded while another runs. At most the runner's. */
+  readonly submitsInFlight: number;
   /** Gets what happened, once a step. */
   readonly onEvents: (events: readonly GenerationEvent[]) => void;
   readonly onPrefixChange?: (change: PrefixIndexChange) => void;
@@ -39,19 +45,34 @@ export interface EngineOptions {
   readonly transfer?: BlockTransfer;
 }
 
+/** @throws ClusterError INVALID_ARGUMENT for steps and submits that the runner does not take. */
+function checkSubmits({ runner, decodeStepsPerSubmit, submitsInFlight }: EngineOptions): void {
+  const check = (parameter: string, value: number, most: number) => {
+    if (Number.isInteger(value) && value >= 1 && value <= most) return;
+    throw new ClusterError("INVALID_ARGUMENT", `${parameter} is ${value}: it must be 1 to ${most}`, { parameter });
+  };
+  check("decodeStepsPerSubmit", decodeStepsPerSubmit, runner.limits.maxDecodeSteps);
+  check("submitsInFlight", submitsInFlight, runner.limits.maxStepsInFlight);
+}
+
 /**
  * Runs generation requests on one model runner: continuous batching, chunked prefill, prefix reuse, preemption.
  *
  * One loop owns all state; between two steps it takes in what arrived (requests, aborts, fetched blocks), asks the
- * scheduler for the next step, runs it, and hands out the events. Results depend on a request alone under `invariant`
+ * scheduler for the next step, hands it to the runner, and hands out the events of those that ended. Steps are planned
+ * ahead of results: sampled tokens stay on the GPU, so a row can go on before its last token was read. What was computed
+ * for a sequence that turns out to have ended is dropped; its slot and pages can be given away at once, because the GPU
+ * runs steps in order and whoever gets them writes before it reads. Results depend on a request alone under `invariant`
  * numerics: only blocks sealed by prefill are shared, and a resumed or preempted sequence replays its generated tokens
  * through decode rows.
  */
 export class Engine {
   readonly runner: ModelRunner;
   readonly #options: EngineOptions;
-  readonly #limits: SchedulerLimits;
+  readonly #limits: Omit<SchedulerLimits, "decodeSteps">;
   readonly #capacityTokens: number;
+  /** Tokens of the longest sequence that context and pool allow. */
+  readonly #longest: number;
   readonly #pool: PagePool;
   readonly #table: SequenceTable;
   readonly #attempts = new AttemptRegistry();
@@ -68,6 +89,7 @@ export class Engine {
   #failure: ClusterError | undefined;
   readonly #signal = new WakeSignal();
   readonly #reads: BlockReads;
+  readonly #pipeline: EnginePipeline;
 
   /** @throws ClusterError INVALID_ARGUMENT where the prefill budget does not hold one window. */
   constructor(options: EngineOptions) {
@@ -80,6 +102,7 @@ export class Engine {
         `maxPrefillRows is ${options.maxPrefillRows}: it must be between residualTokens, ${kv.residualTokens}, and ${limits.maxPrefillRows}`,
       );
     }
+    checkSubmits(options);
     this.#limits = {
       residualTokens: kv.residualTokens,
       blockTokens: kv.blockTokens,
@@ -90,8 +113,10 @@ export class Engine {
     const pages = Math.min(limits.numPages, limits.maxPagesPerSequence);
     // Sealed windows, and one in the residual that never has to be sealed.
     this.#capacityTokens = sealedPages(pages * kv.blockTokens, kv) * kv.blockTokens + kv.residualTokens - 1;
+    this.#longest = Math.min(limits.maxContextTokens, this.#capacityTokens);
     this.#pool = new PagePool(limits.numPages);
-    this.#reads = new BlockReads(this.#pool, options.runner);
+    this.#reads = new BlockReads(this.#pool, options.runner, () => this.#signal.wake());
+    this.#pipeline = new EnginePipeline(options.runner);
     this.#table = new SequenceTable(this.#pool, kv, limits.maxSequences);
     if (options.transfer !== undefined) {
       this.#intake = new PrefixIntake({
@@ -203,56 +228,99 @@ export class Engine {
 
   async #run(): Promise<void> {
     try {
-      while (!this.#closed) {
-        this.#intake?.settle();
-        this.#endWhatMustEnd();
-        await this.#reads.serve(this.#table.running.length > 0);
-        this.#examineQueued();
-        const planned = planStep({
-          limits: this.#limits,
-          running: this.#table.runningViews(),
-          waiting: this.#table.waitingViews(),
-          availablePages: this.#pool.available,
-          stepsSincePrefill: this.#stepsSincePrefill,
-        });
-        const step = buildStep(planned, this.#table);
-        this.#counters.preemptions += planned.preempt.length;
-        if (step.parts.length > 0) await this.#step(step);
-        this.#report();
-        // With sequences at hand and nothing to run, pages are missing that a reader still holds.
-        const idle = step.parts.length === 0 && planned.preempt.length === 0;
-        if (idle) await this.#signal.sleep(this.#table.all.length > 0 ? stalledMs : undefined);
-        else await new Promise((resolve) => setImmediate(resolve));
-      }
+      while (!this.#closed) await this.#turn();
       this.#end(this.#table.all, "aborted");
     } catch (error) {
       this.#fail(error instanceof Error ? error : new Error(String(error)));
     }
-    this.#reads.close();
+    await this.#pipeline.drop();
+    await this.#reads.close();
     this.#report();
   }
 
-  async #step({ plan, parts }: BuiltStep): Promise<void> {
-    const result = await within(this.runner.step(plan), stepTimeoutMs[this.runner.device.profile]);
-    this.#counters.step(plan, result.seconds.wall);
-    this.#stepsSincePrefill = plan.prefill.length > 0 ? 0 : this.#stepsSincePrefill + 1;
-    const sampled = new Map(result.sampled.map((token) => [token.slot, token]));
+  /** Takes in what arrived and what ended, starts the next step if there is room for one, and waits for either. */
+  async #turn(): Promise<void> {
+    const pipeline = this.#pipeline;
+    while (pipeline.ended) this.#takeResult(await pipeline.take());
+    const began = performance.now();
+    this.#intake?.settle();
+    this.#endWhatMustEnd();
+    this.#reads.serve(this.#table.running.length > 0);
+    this.#examineQueued();
+    const roomy = pipeline.length < this.#options.submitsInFlight;
+    const started = roomy && this.#startStep();
+    this.#report();
+    this.#counters.hostSeconds += (performance.now() - began) / 1000;
+    if (pipeline.length >= this.#options.submitsInFlight) {
+      this.#takeResult(await pipeline.take());
+    } else if (started) {
+      await new Promise((resolve) => setImmediate(resolve));
+    } else {
+      // With sequences at hand and nothing to run, pages are missing that a reader still holds.
+      const stalled = pipeline.length === 0 && this.#table.all.length > 0;
+      await this.#signal.sleep(stalled ? stalledMs : undefined, pipeline.oldest);
+    }
+  }
+
+  /** Plans the next step and hands it to the runner; false where nothing can run now. */
+  #startStep(): boolean {
+    const planned = planStep({
+      limits: { ...this.#limits, decodeSteps: this.#decodeSteps() },
+      running: this.#table.runningViews(this.#longest),
+      waiting: this.#table.waitingViews(),
+      availablePages: this.#pool.available,
+      stepsSincePrefill: this.#stepsSincePrefill,
+    });
+    // Who is preempted must know all its tokens.
+    if (planned.preempt.length > 0 && this.#pipeline.length > 0) return false;
+    const step = buildStep(planned, this.#table);
+    this.#counters.preemptions += planned.preempt.length;
+    if (step.parts.length === 0) return planned.preempt.length > 0;
+    this.#stepsSincePrefill = step.plan.prefill.length > 0 ? 0 : this.#stepsSincePrefill + planned.decodeSteps;
+    this.#pipeline.start(step);
+    return true;
+  }
+
+  /** Steps of decode rows in one submit: as many as end within the latency limit. */
+  #decodeSteps(): number {
+    const { decodeStepsPerSubmit, submitLatencyMs } = this.#options;
+    if (!Number.isFinite(submitLatencyMs)) return decodeStepsPerSubmit;
+    const seconds = this.#counters.decodeStepSeconds;
+    if (seconds === 0) return 1;
+    return Math.max(1, Math.min(decodeStepsPerSubmit, Math.floor(submitLatencyMs / 1000 / seconds)));
+  }
+
+  /** Hands out what a step brought. Sequences that ended meanwhile get nothing: what was computed for them is dropped. */
+  #takeResult({ step, result, seconds }: EndedStep): void {
+    const began = performance.now();
+    const { plan, parts } = step;
+    this.#counters.step(plan, result.seconds, seconds);
+    const failed = new Set(result.nonFiniteSlots);
     const sealed: SealedBlock[] = [];
+    const rows = plan.decode.length;
+    const prefilled = result.sampled.length - rows * (plan.decodeSteps ?? 1);
+    let prefillRow = 0;
+    let decodeRow = prefilled;
     for (const part of parts) {
+      const first = part.phase === "decode" ? decodeRow++ : prefillRow;
+      if (part.phase === "prefill") prefillRow += part.samples;
       const { sequence } = part;
-      sequence.computed = part.end;
-      if (result.nonFiniteSlots.includes(sequence.slot)) {
+      if (sequence.state !== "running") continue;
+      sequence.unread -= part.samples;
+      if (failed.has(part.slot)) {
         this.#failSequence(sequence, new ClusterError("KV_NOT_FINITE", "the model produced NaN or infinity"));
         continue;
       }
-      this.#indexSealed(part, sealed);
-      if (part.samples && !sequence.aborted) this.#deliver(sequence, sampled.get(sequence.slot)!);
+      const sampled: SampledToken[] = [];
+      for (let index = 0; index < part.samples; index++) sampled.push(result.sampled[first + index * rows]!);
+      this.#deliver(part, sampled, sealed);
     }
     if (sealed.length > 0) this.#options.transfer?.sealed(sealed);
+    this.#counters.hostSeconds += (performance.now() - began) / 1000;
   }
 
   /** Enters the blocks that this step sealed into the prefix index, as far as others may use them. */
-  #indexSealed({ sequence, start, end, phase }: StepPart, sealed: SealedBlock[]): void {
+  #indexSealed({ sequence, start, phase }: StepPart, end: number, sealed: SealedBlock[]): void {
     const { kv } = this.runner;
     const last = Math.min(sealedPages(end, kv), sequence.shareableBlocks());
     const first = sealedPages(start, kv);
@@ -264,25 +332,31 @@ export class Engine {
     }
   }
 
-  #deliver(sequence: Sequence, sampled: SampledToken): void {
+  /** Appends sampled tokens up to the sequence's end; those behind a stop token are dropped, and so is their KV. */
+  #deliver(part: StepPart, sampled: readonly SampledToken[], sealed: SealedBlock[]): void {
+    const { sequence } = part;
     const { request } = sequence;
-    if (request.stopTokenIds.includes(sampled.token)) {
-      this.#finish(sequence, "stopToken");
-      return;
-    }
     const index = sequence.generated;
-    sequence.tokens.push(sampled.token);
-    this.#events.push({
-      type: "tokens",
-      requestId: request.requestId,
-      epoch: request.epoch,
-      index,
-      ids: [sampled.token],
-      logprobs: [sampled.logprob],
-      ...(sampled.logits === undefined ? {} : { firstLogits: sampled.logits }),
-    });
-    const room = Math.min(this.runner.limits.maxContextTokens, this.#capacityTokens) - sequence.tokens.length;
-    if (sequence.generated >= request.maxTokens || room <= 0) this.#finish(sequence, "length");
+    const ids: number[] = [];
+    const logprobs: number[] = [];
+    let outcome: GenerationOutcome | undefined;
+    for (const { token, logprob } of sequence.aborted ? [] : sampled) {
+      if (request.stopTokenIds.includes(token)) outcome = "stopToken";
+      if (outcome !== undefined) break;
+      sequence.tokens.push(token);
+      ids.push(token);
+      logprobs.push(logprob);
+      if (sequence.generated >= request.maxTokens || sequence.tokens.length >= this.#longest) outcome = "length";
+    }
+    sequence.computed = Math.min(part.end, sequence.tokens.length);
+    this.#indexSealed(part, sequence.computed, sealed);
+    if (ids.length > 0) {
+      const { requestId, epoch } = request;
+      const firstLogits = sampled[0]?.logits;
+      const event = { type: "tokens", requestId, epoch, index, ids, logprobs } as const;
+      this.#events.push(firstLogits === undefined ? event : { ...event, firstLogits });
+    }
+    if (outcome !== undefined) this.#finish(sequence, outcome);
   }
 
   /** Sequences queued first are looked at first, few more than can run: their missing blocks are fetched meanwhile. */

@@ -22,6 +22,11 @@ const prefillRows = { software: 128, hardware: 1024 };
 /** Steps without prefill between two with it, while something decodes: how far prefill may slow a running stream. */
 const decodeStepsPerPrefill = { software: 4, hardware: 1 };
 
+/** See EngineOptions. A software driver is slower than the host, and shares its cores. */
+const decodeStepsPerSubmit = { software: 1, hardware: 8 };
+const submitsInFlight = { software: 1, hardware: 2 };
+const submitLatencyMs = 30;
+
 /** A generation by token ids; what is left out is greedy, unshared and unlimited in time. */
 export interface SimpleGeneration {
   readonly tokens: ArrayLike<number>;
@@ -54,7 +59,14 @@ export interface EngineParts {
   readonly gpu: Gpu;
   readonly options: Pick<
     EngineOptions,
-    "runner" | "modelDigest" | "numerics" | "maxPrefillRows" | "decodeStepsPerPrefill"
+    | "runner"
+    | "modelDigest"
+    | "numerics"
+    | "maxPrefillRows"
+    | "decodeStepsPerPrefill"
+    | "decodeStepsPerSubmit"
+    | "submitLatencyMs"
+    | "submitsInFlight"
   >;
 }
 
@@ -89,7 +101,10 @@ export async function openEngineParts(
       modelDigest: model.digest,
       numerics: config.numerics ?? "invariant",
       maxPrefillRows: runner.limits.maxPrefillRows,
-      decodeStepsPerPrefill: decodeStepsPerPrefill[gpu.profile],
+      decodeStepsPerPrefill: config.decodeStepsPerPrefill ?? decodeStepsPerPrefill[gpu.profile],
+      decodeStepsPerSubmit: config.decodeStepsPerSubmit ?? decodeStepsPerSubmit[gpu.profile],
+      submitLatencyMs: config.submitLatencyMs ?? submitLatencyMs,
+      submitsInFlight: config.submitsInFlight ?? submitsInFlight[gpu.profile],
     },
   };
 }

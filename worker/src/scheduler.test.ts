@@ -8,6 +8,7 @@ const limits: SchedulerLimits = {
   maxPrefillRows: 256,
   maxSequences: 4,
   decodeStepsPerPrefill: 2,
+  decodeSteps: 1,
 };
 
 const nothing = { limits, running: [], waiting: [], availablePages: 100, stepsSincePrefill: 0 };
@@ -17,14 +18,14 @@ const waiting = (id: string, prefillEnd: number, hitPages = 0) => ({
   hitPages,
   hitAvailable: hitPages,
 });
-const decoding = (id: string, computed: number, own?: number): RunningView => {
+const decoding = (id: string, computed: number, decodeSteps = 100): RunningView => {
   const pages = sealedPages(computed, limits);
-  return { id, computed, prefillEnd: 1, pages, ownPages: own ?? pages };
+  return { id, computed, prefillEnd: 1, decodeSteps, pages, ownPages: pages };
 };
 
 describe("planStep", () => {
   it("has nothing to do without sequences", () => {
-    expect(planStep(nothing)).toEqual({ preempt: [], admit: [], prefill: [], decode: [] });
+    expect(planStep(nothing)).toEqual({ preempt: [], admit: [], prefill: [], decode: [], decodeSteps: 1 });
   });
 
   it("packs whole prompts into a step and cuts the next at a multiple of R", () => {
@@ -55,7 +56,7 @@ describe("planStep", () => {
   });
 
   it("keeps the pages that an unfinished prefill still needs from newcomers", () => {
-    const running = [{ id: "a", computed: 0, prefillEnd: 512, pages: 0, ownPages: 0 }];
+    const running = [{ id: "a", computed: 0, prefillEnd: 512, decodeSteps: 9, pages: 0, ownPages: 0 }];
     const plan = planStep({ ...nothing, running, availablePages: 19, waiting: [waiting("b", 128)] });
     expect(plan).toMatchObject({ admit: [], prefill: [{ id: "a", start: 0, end: 256 }] });
   });
@@ -69,7 +70,43 @@ describe("planStep", () => {
   it("leaves a starved sequence alone if nobody younger can make room", () => {
     const running = [decoding("old", 300), decoding("young", 127)];
     const plan = planStep({ ...nothing, running, availablePages: 3, waiting: [waiting("next", 10)] });
-    expect(plan).toEqual({ preempt: [], admit: [], prefill: [], decode: ["old"] });
+    expect(plan).toEqual({ preempt: [], admit: [], prefill: [], decode: ["old"], decodeSteps: 1 });
+  });
+
+  describe("with several decode steps at once", () => {
+    const ahead = { ...nothing, limits: { ...limits, decodeSteps: 8 } };
+    const old = decoding("old", 5);
+
+    it("takes as many as no row ends within, and leaves out rows that have nothing left to do", () => {
+      const running = [old, decoding("ending", 300, 3), decoding("under way", 9, 0)];
+      expect(planStep({ ...ahead, running })).toMatchObject({ decode: ["old", "ending"], decodeSteps: 3 });
+      expect(planStep({ ...ahead, running: [old] })).toMatchObject({ decode: ["old"], decodeSteps: 8 });
+      expect(planStep({ ...ahead, running: running.slice(2) })).toMatchObject({ decode: [] });
+    });
+
+    it("takes no more than prefill may have to wait for, and one beside it", () => {
+      const busy = { ...ahead, running: [old], waiting: [waiting("new", 64)] };
+      expect(planStep({ ...busy, stepsSincePrefill: 0 })).toMatchObject({ decodeSteps: 2, prefill: [] });
+      expect(planStep({ ...busy, stepsSincePrefill: 1 })).toMatchObject({ decodeSteps: 1, prefill: [] });
+      expect(planStep({ ...busy, stepsSincePrefill: 2 })).toMatchObject({ decodeSteps: 1, admit: ["new"] });
+      const prefilling = { ...old, id: "half", computed: 128, prefillEnd: 512, pages: 4 };
+      expect(planStep({ ...ahead, running: [old, prefilling] })).toMatchObject({ decodeSteps: 2, prefill: [] });
+    });
+
+    it("does not hold back for one that cannot start", () => {
+      const full = { ...ahead, running: [old], waiting: [waiting("large", 4096)], stepsSincePrefill: 9 };
+      expect(planStep(full)).toMatchObject({ decodeSteps: 8, admit: [] });
+      const taken = { ...full, limits: { ...ahead.limits, maxSequences: 1 }, waiting: [waiting("new", 64)] };
+      expect(planStep(taken)).toMatchObject({ decodeSteps: 8, admit: [] });
+    });
+
+    it("takes fewer before it preempts", () => {
+      const running = [decoding("old", 124), decoding("young", 126)];
+      expect(planStep({ ...ahead, running })).toMatchObject({ decodeSteps: 8, preempt: [] });
+      // Eight and four steps fill windows of both, two fill the younger one's, one fills none.
+      expect(planStep({ ...ahead, running, availablePages: 4 })).toMatchObject({ decodeSteps: 2, preempt: [] });
+      expect(planStep({ ...ahead, running, availablePages: 0 })).toMatchObject({ decodeSteps: 1, preempt: [] });
+    });
   });
 });
 
@@ -106,7 +143,9 @@ function simulate(size: { numPages: number; limits: SchedulerLimits }, requests:
       limits: bounds,
       availablePages: available,
       stepsSincePrefill,
-      running: running.map((s) => ({ ...s, prefillEnd: s.prompt, ownPages: s.pages })),
+      running: running.map((s) => {
+        return { ...s, prefillEnd: s.prompt, decodeSteps: s.prompt + s.output - s.computed, ownPages: s.pages };
+      }),
       waiting: waitingList.map((s) => ({ id: s.id, prefillEnd: s.prompt, hitPages: 0, hitAvailable: 0 })),
     });
     const all = new Map([...running, ...waitingList].map((s) => [s.id, s]));
@@ -144,10 +183,12 @@ function simulate(size: { numPages: number; limits: SchedulerLimits }, requests:
       const s = all.get(id)!;
       expect(running).toContain(s);
       expect(s.computed).toBeGreaterThanOrEqual(s.prompt);
-      advance(s, s.computed + 1);
+      advance(s, s.computed + plan.decodeSteps);
+      expect(s.computed).toBeLessThanOrEqual(s.prompt + s.output);
     }
     expect(plan.prefill.length + plan.decode.length + plan.preempt.length).toBeGreaterThan(0);
-    stepsSincePrefill = plan.prefill.length > 0 ? 0 : stepsSincePrefill + 1;
+    if (plan.prefill.length > 0) expect(plan.decodeSteps).toBe(1);
+    stepsSincePrefill = plan.prefill.length > 0 ? 0 : stepsSincePrefill + plan.decodeSteps;
     for (const s of running.filter((done) => done.computed >= done.prompt + done.output)) available += s.pages;
     running = running.filter((s) => s.computed < s.prompt + s.output);
   }
@@ -163,6 +204,7 @@ describe("a scheduler's run", () => {
       maxSequences: fc.integer({ min: 1, max: 5 }),
       rowWindows: fc.integer({ min: 1, max: 4 }),
       decodeStepsPerPrefill: fc.integer({ min: 0, max: 3 }),
+      decodeSteps: fc.constantFrom(1, 4, 16),
     });
     const request = fc.tuple(fc.double({ min: 0, max: 1, noNaN: true }), fc.double({ min: 0, max: 1, noNaN: true }));
     fc.assert(
@@ -175,8 +217,9 @@ describe("a scheduler's run", () => {
           return [tokens, Math.floor(output * (capacity - tokens))];
         });
         const maxPrefillRows = size.rowWindows * residualTokens;
-        const { maxSequences, decodeStepsPerPrefill } = size;
-        const bounds = { residualTokens, blockTokens, maxPrefillRows, maxSequences, decodeStepsPerPrefill };
+        const { maxSequences, decodeStepsPerPrefill, decodeSteps } = size;
+        const turns = { decodeStepsPerPrefill, decodeSteps };
+        const bounds = { residualTokens, blockTokens, maxPrefillRows, maxSequences, ...turns };
         simulate({ numPages, limits: bounds }, requests);
       }),
       { numRuns: 100 },

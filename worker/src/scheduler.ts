@@ -17,15 +17,19 @@ export interface SchedulerLimits {
   readonly maxSequences: number;
   /** While something decodes, this many steps without prefill lie between two steps with prefill. */
   readonly decodeStepsPerPrefill: number;
+  /** Most steps that decode rows take at once, where nothing else has to be done in between. */
+  readonly decodeSteps: number;
 }
 
 /** A sequence with a slot. */
 export interface RunningView {
   readonly id: string;
-  /** Tokens whose KV exists. */
+  /** Tokens whose KV exists once the steps under way have ended. */
   readonly computed: number;
   /** Tokens that go through prefill; the rest go through decode, one a step. */
   readonly prefillEnd: number;
+  /** Decode steps that it can take before the host has to see a result; 0 where all its tokens are under way. */
+  readonly decodeSteps: number;
   /** Pages it holds. */
   readonly pages: number;
   /** Of those, how many become available if it lets go. */
@@ -46,8 +50,8 @@ export interface SchedulerSnapshot {
   readonly limits: SchedulerLimits;
   /** Oldest request first. */
   readonly running: readonly RunningView[];
-  /** Oldest request first. */
-  readonly waiting: readonly WaitingView[];
+  /** Oldest request first; looked at only as far as there is room, and perhaps twice. */
+  readonly waiting: Iterable<WaitingView>;
   readonly availablePages: number;
   /** Steps since the last one with prefill. */
   readonly stepsSincePrefill: number;
@@ -66,6 +70,8 @@ export interface PlannedStep {
   readonly admit: readonly string[];
   readonly prefill: readonly PlannedChunk[];
   readonly decode: readonly string[];
+  /** How often the decode rows run; 1 beside prefill. */
+  readonly decodeSteps: number;
 }
 
 /** Pages that are full once `tokens` tokens are computed: whole windows of R only. */
@@ -81,13 +87,12 @@ export function planStep(snapshot: SchedulerSnapshot): PlannedStep {
   return planner.plan;
 }
 
+function decodes({ computed, prefillEnd, decodeSteps }: RunningView): boolean {
+  return computed >= prefillEnd && decodeSteps > 0;
+}
+
 class Planner {
-  readonly plan = {
-    preempt: [] as string[],
-    admit: [] as string[],
-    prefill: [] as PlannedChunk[],
-    decode: [] as string[],
-  };
+  readonly plan: { preempt: string[]; admit: string[]; prefill: PlannedChunk[]; decode: string[]; decodeSteps: number };
   readonly #snapshot: SchedulerSnapshot;
   readonly #running: RunningView[];
   #available: number;
@@ -100,18 +105,49 @@ class Planner {
     this.#snapshot = snapshot;
     this.#running = [...snapshot.running];
     this.#available = snapshot.availablePages;
-    const { limits } = snapshot;
-    const decoding = snapshot.running.some((sequence) => sequence.computed >= sequence.prefillEnd);
-    const prefillTurn = !decoding || snapshot.stepsSincePrefill >= limits.decodeStepsPerPrefill;
+    const { limits, stepsSincePrefill } = snapshot;
+    const prefillTurn = !snapshot.running.some(decodes) || stepsSincePrefill >= limits.decodeStepsPerPrefill;
     this.#rows = prefillTurn ? limits.maxPrefillRows : 0;
+    this.plan = { preempt: [], admit: [], prefill: [], decode: [], decodeSteps: this.#chooseDecodeSteps() };
+  }
+
+  /** As many as no row ends within and no prefill waits behind, and as the free pages allow without preemption. */
+  #chooseDecodeSteps(): number {
+    const { limits, running, availablePages, stepsSincePrefill } = this.#snapshot;
+    let steps = limits.decodeSteps;
+    if (steps > 1 && this.#prefillIsNear()) {
+      steps = this.#rows > 0 ? 1 : Math.min(steps, limits.decodeStepsPerPrefill - stepsSincePrefill);
+    }
+    for (const view of running) if (decodes(view)) steps = Math.min(steps, view.decodeSteps);
+    while (steps > 1 && this.#decodePages(steps) > availablePages) steps = Math.floor(steps / 2);
+    return Math.max(1, steps);
+  }
+
+  #prefillIsNear(): boolean {
+    const { limits, running, waiting, availablePages } = this.#snapshot;
+    if (running.some(({ computed, prefillEnd }) => computed < prefillEnd)) return true;
+    if (running.length >= limits.maxSequences) return false;
+    for (const { prefillEnd, hitPages, hitAvailable } of waiting) {
+      return sealedPages(prefillEnd, limits) - hitPages + hitAvailable <= availablePages;
+    }
+    return false;
+  }
+
+  #decodePages(steps: number): number {
+    const { limits, running } = this.#snapshot;
+    let pages = 0;
+    for (const view of running) {
+      if (decodes(view)) pages += Math.max(0, sealedPages(view.computed + steps, limits) - view.pages);
+    }
+    return pages;
   }
 
   serveRunning(): void {
     // The list shrinks at its end while it is walked: preemption takes the youngest.
     for (let index = 0; index < this.#running.length; index++) {
       const sequence = this.#running[index]!;
-      if (sequence.computed >= sequence.prefillEnd) this.#decode(sequence, index);
-      else this.#prefill(sequence, index);
+      if (decodes(sequence)) this.#decode(sequence, index);
+      else if (sequence.computed < sequence.prefillEnd) this.#prefill(sequence, index);
     }
   }
 
@@ -138,7 +174,8 @@ class Planner {
   }
 
   #decode(sequence: RunningView, index: number): void {
-    const needed = sealedPages(sequence.computed + 1, this.#snapshot.limits) - sequence.pages;
+    const end = sequence.computed + this.plan.decodeSteps;
+    const needed = sealedPages(end, this.#snapshot.limits) - sequence.pages;
     if (this.#take(Math.max(0, needed), index)) this.plan.decode.push(sequence.id);
   }
 

@@ -9,8 +9,9 @@ export class SequenceTable {
   readonly #kv: KvGeometry;
   readonly #freeSlots: number[];
   readonly #maxSequences: number;
-  #waiting: Sequence[] = [];
-  #running: Sequence[] = [];
+  readonly #byId = new Map<string, Sequence>();
+  readonly #waiting: Sequence[] = [];
+  readonly #running: Sequence[] = [];
 
   constructor(pool: PagePool, kv: KvGeometry, maxSequences: number) {
     this.#pool = pool;
@@ -31,7 +32,13 @@ export class SequenceTable {
     return [...this.#running, ...this.#waiting];
   }
 
+  /** The sequence that waits or runs under this id. */
+  find(id: string): Sequence | undefined {
+    return this.#byId.get(id);
+  }
+
   add(sequence: Sequence): void {
+    this.#byId.set(sequence.id, sequence);
     insert(this.#waiting, sequence);
   }
 
@@ -42,7 +49,7 @@ export class SequenceTable {
     const ids = sequence.shareableIds().slice(0, this.#hits(sequence).length);
     const pages = ids.map((id) => this.#pool.acquire(id)!);
     sequence.admit(slot, pages);
-    this.#waiting = this.#waiting.filter((other) => other !== sequence);
+    remove(this.#waiting, sequence);
     insert(this.#running, sequence);
   }
 
@@ -55,7 +62,8 @@ export class SequenceTable {
   /** Forgets a sequence; its pages and slot are free. */
   remove(sequence: Sequence): void {
     if (sequence.state === "running") this.#letGo(sequence);
-    this.#waiting = this.#waiting.filter((other) => other !== sequence);
+    else remove(this.#waiting, sequence);
+    this.#byId.delete(sequence.id);
     sequence.state = "finished";
   }
 
@@ -68,29 +76,38 @@ export class SequenceTable {
     }
   }
 
-  runningViews(): RunningView[] {
+  /** @param capacityTokens most tokens of a sequence. */
+  runningViews(capacityTokens: number): RunningView[] {
+    const pool = this.#pool;
     return this.#running.map((sequence) => ({
       id: sequence.id,
-      computed: sequence.computed,
+      computed: sequence.planned,
       prefillEnd: sequence.prefillEnd,
+      decodeSteps: sequence.decodeSteps(capacityTokens),
       pages: sequence.pages.length,
-      ownPages: sequence.pages.filter((page) => this.#pool.references(page) === 1).length,
+      // Asked for only where somebody has to make room.
+      get ownPages() {
+        return sequence.pages.filter((page) => pool.references(page) === 1).length;
+      },
     }));
   }
 
-  /** Those that could start now, as many as there are free slots. One that fetches blocks nobody else. */
-  waitingViews(): WaitingView[] {
-    const slots = this.#maxSequences - this.#running.length;
-    const ready = this.#waiting.filter((sequence) => sequence.state === "ready").slice(0, slots);
-    return ready.map((sequence) => {
+  /** Those that could start now, looked up while they are walked. One that fetches blocks nobody else. */
+  waitingViews(): Iterable<WaitingView> {
+    return { [Symbol.iterator]: () => this.#waitingViews() };
+  }
+
+  *#waitingViews(): Generator<WaitingView> {
+    for (const sequence of this.#waiting) {
+      if (sequence.state !== "ready") continue;
       const hits = this.#hits(sequence);
-      return {
+      yield {
         id: sequence.id,
         prefillEnd: sequence.prefillEnd,
         hitPages: hits.length,
         hitAvailable: hits.filter((page) => this.#pool.references(page) === 0).length,
       };
-    });
+    }
   }
 
   /** Pages of every reference that sequences hold. */
@@ -122,12 +139,19 @@ export class SequenceTable {
 
   #letGo(sequence: Sequence): void {
     this.#freeSlots.push(sequence.slot);
-    this.#running = this.#running.filter((other) => other !== sequence);
+    remove(this.#running, sequence);
     this.#pool.release(sequence.preempt());
   }
 }
 
 function insert(list: Sequence[], sequence: Sequence): void {
-  const index = list.findIndex((other) => other.arrival > sequence.arrival);
-  list.splice(index < 0 ? list.length : index, 0, sequence);
+  // Most come last.
+  let index = list.length;
+  while (index > 0 && list[index - 1]!.arrival > sequence.arrival) index -= 1;
+  list.splice(index, 0, sequence);
+}
+
+function remove(list: Sequence[], sequence: Sequence): void {
+  const index = list.indexOf(sequence);
+  if (index >= 0) list.splice(index, 1);
 }

@@ -8,10 +8,14 @@ export class WakeSignal {
     this.#resume?.();
   }
 
-  /** Sleeps until the next wake since the last sleep, or for `atMostMs`. */
-  async sleep(atMostMs?: number): Promise<void> {
+  /** Sleeps until the next wake since the last sleep, for `atMostMs`, or until `event` settles. */
+  async sleep(atMostMs?: number, event?: Promise<unknown>): Promise<void> {
     if (!this.#woken) {
       await new Promise<void>((resolve) => {
+        event?.then(
+          () => resolve(),
+          () => resolve(),
+        );
         const timer = atMostMs === undefined ? undefined : setTimeout(resolve, atMostMs);
         this.#resume = () => {
           clearTimeout(timer);

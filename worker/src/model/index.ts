@@ -13,6 +13,7 @@ export type {
   SamplingParameters,
   StepPlan,
   StepResult,
+  StepSeconds,
 } from "../model-runner/model-runner.ts";
 export { openModelRunner } from "../model-runner/open-model-runner.ts";
 export { textPerplexity } from "../model-runner/perplexity.ts";
