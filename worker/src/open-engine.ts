@@ -91,7 +91,7 @@ export async function openEngineParts(
     gpu,
     maxPrefillRows: rows,
     ...sizes,
-    ...present({ onProgress }),
+    ...present({ onProgress, numerics: config.numerics }),
   });
   return {
     model,

@@ -34,14 +34,16 @@ export interface KvCache {
   setPages(slot: number, pageTable: readonly number[]): void;
 }
 
-export async function createKvCache(
-  gpu: Gpu,
-  memory: MemoryAccount,
-  config: ModelConfig,
-  kv: KvGeometry,
-  limits: RunnerLimits,
-  activations: Activations,
-): Promise<KvCache> {
+export interface KvCacheDescriptor {
+  readonly config: ModelConfig;
+  readonly kv: KvGeometry;
+  readonly limits: RunnerLimits;
+  readonly activations: Activations;
+  readonly numerics: "invariant" | "fast";
+}
+
+export async function createKvCache(gpu: Gpu, memory: MemoryAccount, descriptor: KvCacheDescriptor): Promise<KvCache> {
+  const { config, kv, limits, activations } = descriptor;
   const { theta, dimensions, scaling, frequencyFactors, layout } = config.rope;
   const ropeTable = buildRopeTable({
     ropeDim: dimensions,

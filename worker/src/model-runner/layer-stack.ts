@@ -11,8 +11,8 @@ import {
 } from "@kivimesh/kernels";
 import type { ModelConfig } from "../model/model-config.ts";
 import type { Activations } from "./activations.ts";
-import type { ModelWeights } from "./model-weights.ts";
-import { type BoundStackedLinear, bindStackedLinear, type Phase } from "./stacked-linear.ts";
+import type { ModelWeights, StackedWeight } from "./model-weights.ts";
+import { type BoundStackedLinear, bindStackedLinear, type LinearSettings, type Phase } from "./stacked-linear.ts";
 
 interface BoundLayer {
   readonly attentionNorm: BoundRmsNorm;
@@ -21,7 +21,8 @@ interface BoundLayer {
   readonly attentionOutput: BoundStackedLinear;
   readonly feedForwardNorm: BoundRmsNorm;
   readonly gateUp: BoundStackedLinear;
-  readonly gate: BoundSiluMul;
+  /** Undefined where `gateUp` does it. */
+  readonly gate: BoundSiluMul | undefined;
   readonly down: BoundStackedLinear;
 }
 
@@ -33,29 +34,35 @@ export interface LayerStack {
   encode(pass: GPUComputePassEncoder, rows: number, attend: (layer: KvLayer) => void): void;
 }
 
+export interface LayerStackDescriptor {
+  readonly config: ModelConfig;
+  readonly weights: ModelWeights;
+  readonly kvLayers: readonly KvLayer[];
+  readonly activations: Activations;
+  readonly settings: LinearSettings;
+  readonly phase: Phase;
+  readonly maxRows: number;
+}
+
 /** Binds all layers of a phase once. */
-export async function createLayerStack(
-  gpu: Gpu,
-  config: ModelConfig,
-  weights: ModelWeights,
-  kvLayers: readonly KvLayer[],
-  activations: Activations,
-  phase: Phase,
-  maxRows: number,
-): Promise<LayerStack> {
-  const { hidden, normed, qkv, attention, gateUp, gated } = activations;
+export async function createLayerStack(gpu: Gpu, descriptor: LayerStackDescriptor): Promise<LayerStack> {
+  const { config, weights, kvLayers, activations, settings, phase, maxRows } = descriptor;
+  const { hidden, normed, qkv, attention, gated } = activations;
   const embed = await createEmbedding(gpu, { weight: weights.embedding, hidden: config.hidden });
-  const norm = await createRmsNorm(gpu, { hidden: config.hidden, epsilon: config.normEpsilon });
-  const silu = await createSiluMul(gpu, { width: config.feedForward });
+  const norm = await createRmsNorm(gpu, {
+    hidden: config.hidden,
+    epsilon: config.normEpsilon,
+    output: activations.type,
+  });
   const tokens = phase === "prefill" ? activations.prefillTokens : activations.decodeTokens;
   const embedding = embed.bind({ tokens, output: hidden });
-  const gate = silu.bind({ gateUp, output: gated });
-  const common = { phase, maxRows };
+  const common = { settings, phase, maxRows };
+  const feed = await feedForward(gpu, descriptor);
   const layers: BoundLayer[] = [];
   for (const [index, weight] of weights.layers.entries()) {
     const kv = kvLayers[index];
     if (kv === undefined) throw new RangeError(`layer ${index} has no KV buffers`);
-    const linear = (stacked: typeof weight.qkv, input: GPUBuffer, output: GPUBuffer, accumulate: boolean) =>
+    const linear = (stacked: StackedWeight, input: GPUBuffer, output: GPUBuffer, accumulate: boolean) =>
       bindStackedLinear(gpu, { ...common, weight: stacked, input, output, accumulate });
     layers.push({
       attentionNorm: norm.bind({ input: hidden, weight: weight.attentionNorm, output: normed }),
@@ -63,12 +70,30 @@ export async function createLayerStack(
       kv,
       attentionOutput: await linear(weight.attentionOutput, attention, hidden, true),
       feedForwardNorm: norm.bind({ input: hidden, weight: weight.feedForwardNorm, output: normed }),
-      gateUp: await linear(weight.gateUp, normed, gateUp, false),
-      gate,
+      gateUp: await feed.gateUp(weight.gateUp),
+      gate: feed.gate,
       down: await linear(weight.down, gated, hidden, true),
     });
   }
   return { encode: (pass, rows, attend) => encodeLayers(embedding, layers, pass, rows, attend) };
+}
+
+/** Gate, up and their product: one dispatch, or two where there is a buffer for what lies between. */
+async function feedForward(gpu: Gpu, { config, activations, settings, phase, maxRows }: LayerStackDescriptor) {
+  const { normed, gateUp, gated } = activations;
+  const common = { settings, phase, maxRows, input: normed };
+  if (gateUp === undefined) {
+    return {
+      gate: undefined,
+      gateUp: (weight: StackedWeight) =>
+        bindStackedLinear(gpu, { ...common, weight, output: gated, epilogue: "silu-mul" }),
+    };
+  }
+  const silu = await createSiluMul(gpu, { width: config.feedForward, output: activations.type });
+  return {
+    gate: silu.bind({ gateUp, output: gated }),
+    gateUp: (weight: StackedWeight) => bindStackedLinear(gpu, { ...common, weight, output: gateUp }),
+  };
 }
 
 function encodeLayers(
@@ -86,7 +111,7 @@ function encodeLayers(
     layer.attentionOutput.encode(pass, rows);
     layer.feedForwardNorm.encode(pass, rows);
     layer.gateUp.encode(pass, rows);
-    layer.gate.encode(pass, rows);
+    layer.gate?.encode(pass, rows);
     layer.down.encode(pass, rows);
   }
 }

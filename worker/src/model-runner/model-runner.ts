@@ -169,6 +169,13 @@ export interface OpenModelRunnerOptions {
   readonly maxContextTokens?: number;
   /** Default: 16. */
   readonly maxDecodeSteps?: number;
+  /**
+   * `invariant`, the default: a row's bits depend on its own sequence only. `fast`: kernels may be chosen by the number
+   * of rows.
+   */
+  readonly numerics?: "invariant" | "fast";
+  /** For tests: takes the path of devices with subgroup matrices, whose products are written out. Slow. */
+  readonly emulatedMatrices?: boolean;
   /** Default: opened here and closed with the runner. */
   readonly gpu?: Gpu;
   /** Bytes of weights uploaded so far and in all. */

@@ -1,8 +1,8 @@
 /** Puts a loaded model on the GPU. */
-import { DEFAULT_KV_FORMAT, type Gpu, GpuUnavailableError, openGpu } from "@kivimesh/kernels";
+import { activationType, DEFAULT_KV_FORMAT, type Gpu, GpuUnavailableError, openGpu } from "@kivimesh/kernels";
 import { ClusterError } from "@kivimesh/proto";
 import type { ModelConfig } from "../model/model-config.ts";
-import { createActivations } from "./activations.ts";
+import { createActivations, gateIsFused, usableActivations, withGate } from "./activations.ts";
 import { BlockTransfer } from "./block-transfer.ts";
 import { GpuModelRunner } from "./gpu-model-runner.ts";
 import { createKvCache } from "./kv-cache.ts";
@@ -13,7 +13,7 @@ import type { KvGeometry, ModelRunner, OpenModelRunnerOptions, RunnerLimits } fr
 import { uploadModelWeights } from "./model-weights.ts";
 import { createHeadScratch, createOutputHead } from "./output-head.ts";
 import { PromptScorer } from "./prompt-scoring.ts";
-import type { Phase } from "./stacked-linear.ts";
+import type { LinearSettings, Phase } from "./stacked-linear.ts";
 import { StepEncoder } from "./step-encoder.ts";
 import { StepReadback } from "./step-readback.ts";
 import { createTokenTables } from "./token-tables.ts";
@@ -105,19 +105,32 @@ async function assemble(
   memory: MemoryAccount,
   kv: KvGeometry,
   limits: RunnerLimits,
-  { model, gpu: given, onProgress }: OpenModelRunnerOptions,
+  options: OpenModelRunnerOptions,
 ): Promise<ModelRunner> {
+  const { model, gpu: given, onProgress, numerics = "invariant" } = options;
   const { config } = model;
   const { maxPrefillRows, maxSequences, vocabulary } = limits;
-  const activations = createActivations(memory, config, maxPrefillRows, maxSequences);
-  const cache = await createKvCache(gpu, memory, config, kv, limits, activations);
+  const emulated = options.emulatedMatrices ?? false;
+  const type = usableActivations(activationType(gpu, emulated ? "f16" : undefined), config);
+  const shape = { type, maxPrefillRows, maxSequences };
+  const planned = createActivations(memory, config, { ...shape, fusedGate: type === "f16" });
+  const cache = await createKvCache(gpu, memory, { config, kv, limits, activations: planned, numerics });
   const weights = await uploadModelWeights(gpu, memory, model, onProgress);
+  const lacksGate = planned.gateUp === undefined && !gateIsFused(weights);
+  const activations = lacksGate ? withGate(memory, config, shape, planned) : planned;
+  const settings: LinearSettings = { input: type, numerics, dialect: emulated ? "emulated" : "device" };
   const scratch = await createHeadScratch(gpu, memory, vocabulary, maxSequences);
   const readback = new StepReadback(memory, limits, gpu.features.timestampQuery ? gpu.device : undefined);
   const tokens = await createTokenTables(gpu, memory, activations.decodeTokens, readback.log, maxSequences);
+  const common = { config, weights, activations, settings, kvLayers: cache.layers, scratch };
   const phase = async (name: Phase, maxRows: number) => ({
-    stack: await createLayerStack(gpu, config, weights, cache.layers, activations, name, maxRows),
-    head: await createOutputHead(gpu, memory, config, weights, activations, scratch, name, maxSequences, tokens[name]),
+    stack: await createLayerStack(gpu, { ...common, phase: name, maxRows }),
+    head: await createOutputHead(gpu, memory, {
+      ...common,
+      phase: name,
+      maxRows: maxSequences,
+      feedback: tokens[name],
+    }),
   });
   const prefill = await phase("prefill", maxPrefillRows);
   const decode = await phase("decode", maxSequences);

@@ -14,14 +14,12 @@ import {
 } from "@kivimesh/kernels";
 import type { ModelConfig } from "../model/model-config.ts";
 import type { Activations } from "./activations.ts";
+import { logitsRows } from "./logits-rows.ts";
 import type { MemoryAccount } from "./memory-account.ts";
 import type { SamplingParameters } from "./model-runner.ts";
 import type { ModelWeights } from "./model-weights.ts";
-import { type BoundStackedLinear, bindStackedLinear, type Phase } from "./stacked-linear.ts";
+import { type BoundStackedLinear, bindStackedLinear, type LinearSettings, type Phase } from "./stacked-linear.ts";
 import type { StepPass } from "./step-pass.ts";
-
-/** Logits of one slab stay within this, and within what the device binds. */
-const MAX_LOGITS_BYTES = 64 << 20;
 
 /** What both phases share. */
 export interface HeadScratch {
@@ -38,8 +36,7 @@ export async function createHeadScratch(
   vocabulary: number,
   maxRows: number,
 ): Promise<HeadScratch> {
-  const limit = Math.min(MAX_LOGITS_BYTES, gpu.device.limits.maxStorageBufferBindingSize);
-  const slabRows = Math.max(1, Math.min(maxRows, Math.floor(limit / (vocabulary * 4))));
+  const slabRows = logitsRows(gpu.device.limits, gpu.profile, vocabulary, maxRows);
   return {
     logits: memory.storage("activations", "logits", slabRows * vocabulary * 4),
     slabRows,
@@ -170,26 +167,36 @@ export interface HeadFeedback {
   readonly log: GPUBuffer;
 }
 
-/** @param maxRows most rows sampled in a step of this phase. */
+export interface OutputHeadDescriptor {
+  readonly config: ModelConfig;
+  readonly weights: ModelWeights;
+  readonly activations: Activations;
+  readonly settings: LinearSettings;
+  readonly scratch: HeadScratch;
+  readonly phase: Phase;
+  /** Most rows sampled in a step of this phase. */
+  readonly maxRows: number;
+  readonly feedback: HeadFeedback;
+}
+
 export async function createOutputHead(
   gpu: Gpu,
   memory: MemoryAccount,
-  config: ModelConfig,
-  weights: ModelWeights,
-  activations: Activations,
-  scratch: HeadScratch,
-  phase: Phase,
-  maxRows: number,
-  feedback: HeadFeedback,
+  descriptor: OutputHeadDescriptor,
 ): Promise<OutputHead> {
+  const { config, weights, activations, settings, scratch, phase, maxRows, feedback } = descriptor;
   const { slabRows, logits } = scratch;
   const { hidden, normed } = activations;
-  const norm = await createRmsNorm(gpu, { hidden: config.hidden, epsilon: config.normEpsilon });
+  const norm = await createRmsNorm(gpu, {
+    hidden: config.hidden,
+    epsilon: config.normEpsilon,
+    output: activations.type,
+  });
   const linear = await bindStackedLinear(gpu, {
     weight: weights.head,
+    settings,
     phase,
     maxRows: slabRows,
-    accumulate: false,
     input: normed,
     output: logits,
   });

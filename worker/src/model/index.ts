@@ -1,5 +1,14 @@
 /** Models and the runner that executes them. */
 
+export { kvGeometry } from "../model-runner/kv-geometry.ts";
+export {
+  type MemoryPlan,
+  type MemoryPlanLimit,
+  type MemoryPlanRequest,
+  modelWeightBytes,
+  type PlannedMemory,
+  planMemory,
+} from "../model-runner/memory-plan.ts";
 export type {
   DecodeRow,
   KvGeometry,
