@@ -1,4 +1,5 @@
 /** Rows, table and plots of `kivimesh bench throughput`. */
+import type { MemoryPlan } from "@kivimesh/worker";
 import { formatBytes, formatTable } from "../output.ts";
 import type { Chart } from "./svg-chart.ts";
 import type { ThroughputResult } from "./throughput.ts";
@@ -11,6 +12,8 @@ export interface ThroughputRow extends ThroughputResult {
   readonly numerics: "invariant" | "fast";
   /** Budget of GPU memory for everything; absent where none was set. */
   readonly memoryBytes?: number;
+  /** What keeps the budget from more sequences. */
+  readonly limitedBy?: MemoryPlan["limitedBy"];
   /** Time to load the model and compile its kernels. */
   readonly openSeconds: number;
 }

@@ -21,8 +21,10 @@ export interface ThroughputResult {
   readonly largestBatch: number;
   /** Tokens that the sealed pages hold at once. */
   readonly kvCapacityTokens: number;
-  /** Sequences that can run at once; each has a window of its own beside the pages. */
+  /** Sequences that can run at once. */
   readonly maxSequences: number;
+  /** Newest tokens of each that are kept beside the pages, as f16. */
+  readonly residualTokens: number;
   /** Sequences thrown out and started again, for want of pages. */
   readonly preemptions: number;
   /** Milliseconds between the tokens of one sequence; tokens that arrive together share the time since the last ones. */
@@ -75,12 +77,16 @@ function summary(session: EngineSession, arrivals: Arrivals, measured: "whole" |
     largestBatch: steps.reduce((most, { decodeRows }) => Math.max(most, decodeRows), 0),
     kvCapacityTokens: runner.limits.numPages * runner.kv.blockTokens,
     maxSequences: runner.limits.maxSequences,
+    residualTokens: runner.kv.residualTokens,
     preemptions: session.preemptions() - preemptionsBefore,
     ...(interTokenMs === undefined ? {} : { interTokenMs }),
     ...(decodeStep === undefined ? {} : { decodeStep }),
     peakGpuBytes: memoryBreakdown(runner),
   };
 }
+
+/** Requests of one session must not share ids: an aborted id stays aborted. */
+let runs = 0;
 
 /** All requests at once; until the last one ends. */
 async function runWhole(session: EngineSession, workload: Workload): Promise<ThroughputResult> {
@@ -89,13 +95,14 @@ async function runWhole(session: EngineSession, workload: Workload): Promise<Thr
   const prompts = Array.from({ length: requests }, (_, index) => benchPrompt(index + 1, promptTokens, vocabulary));
   const arrivals = new Arrivals();
   const preemptions = session.preemptions();
+  const run = runs++;
   session.steps.length = 0;
   arrivals.begin();
   const ended = prompts.map(
     (tokens, index) =>
       new Promise<void>((resolve) => {
         session.submit({
-          id: `whole-${index}`,
+          id: `whole-${run}-${index}`,
           tokens,
           maxTokens: outputTokens,
           onTokens: arrivals.listener(),
@@ -127,13 +134,14 @@ async function runSteady(session: EngineSession, workload: Workload, seconds: nu
   const batch = Math.max(1, Math.min(requests, maxSequences, Math.floor((numPages * runner.kv.blockTokens) / held)));
   const arrivals = new Arrivals();
   const preemptions = session.preemptions();
+  const run = runs++;
   const live = new Set<string>();
   let submitted = 0;
   /** Set when the measured part is over; called when nothing runs any more. */
   let onIdle: (() => void) | undefined;
   const submit = (age: number, onFirst?: () => void) => {
     const index = submitted++;
-    const id = `steady-${index}`;
+    const id = `steady-${run}-${index}`;
     live.add(id);
     session.submit({
       id,

@@ -1,12 +1,13 @@
 /** `kivimesh bench engine`: prefill and decode of equal prompts, over batch and context. */
 import { blockBytes, DEFAULT_KV_FORMAT, type KvShape, kvFormat } from "@kivimesh/kernels";
-import { type LoadedModel, loadModel } from "@kivimesh/worker";
+import { type EngineConfig, type LoadedModel, loadModel } from "@kivimesh/worker";
 import type { Command } from "commander";
 import { csv, writeBenchFiles } from "../bench/bench-files.ts";
 import type { EnginePoint, EnginePointResult } from "../bench/engine-point.ts";
 import { sequenceTokens } from "../bench/engine-point.ts";
 import { openSession } from "../bench/engine-session.ts";
 import { measureSweep, pointBlocks, type SweepRow, sweepCharts, sweepPoints } from "../bench/engine-sweep.ts";
+import { budgetedConfig } from "../bench/memory-budget.ts";
 import {
   addEngineOptions,
   addModelOptions,
@@ -15,7 +16,7 @@ import {
   type ModelOptions,
   modelConfig,
 } from "../common-options.ts";
-import { integer, listOf, option } from "../option-values.ts";
+import { bytes, integer, listOf, option } from "../option-values.ts";
 import { formatBytes, formatTable } from "../output.ts";
 import { UsageError } from "../usage-error.ts";
 import type { CommandContext } from "./command-context.ts";
@@ -25,6 +26,7 @@ interface BenchOptions extends ModelOptions, EngineOptions {
   readonly promptTokens: number[];
   readonly context?: number[];
   readonly outputTokens: number;
+  readonly memory?: number;
   readonly json?: boolean;
   readonly csv?: boolean;
   readonly out?: string;
@@ -55,6 +57,12 @@ export function addEngineBench(bench: Command, context: CommandContext): void {
     )
     .addOption(option("--context <list>", "the same, instead of --prompt-tokens").argParser(listOf(integer(1))))
     .addOption(option("--output-tokens <n>", "tokens of each answer").argParser(integer(1)).default(64))
+    .addOption(
+      option(
+        "--memory <bytes>",
+        "GPU memory for everything, such as 80GiB; what then does not fit is skipped",
+      ).argParser(bytes),
+    )
     .addOption(option("--json", "as JSON: an object, or an array where there are several batches or contexts"))
     .addOption(option("--csv", "as comma-separated values"))
     .addOption(option("--out <base>", "also writes BASE.json, BASE.csv and plots, BASE-*.svg"))
@@ -72,22 +80,41 @@ function pointBytes(points: readonly EnginePoint[], model: LoadedModel, options:
   return blocks * blockBytes(kvFormat(options.kvFormat ?? DEFAULT_KV_FORMAT), shape);
 }
 
-async function runEngineBench(options: BenchOptions, { output }: CommandContext): Promise<void> {
-  if (options.json === true && options.csv === true) throw new UsageError("--json and --csv: give one of them");
-  const points = sweepPoints(options.batch, options.context ?? options.promptTokens, options.outputTokens);
-  const source = await modelConfig(options);
+/** Sizes that hold the largest point, or as much as the budget allows. */
+async function sweepConfig(points: readonly EnginePoint[], options: BenchOptions, source: EngineConfig) {
   const { modelPath, dummyArchitecture = "" } = source;
   const model = await loadModel(modelPath === undefined ? { dummy: dummyArchitecture } : { path: modelPath });
-  const longest = Math.min(Math.max(...points.map(sequenceTokens)), model.config.contextTokens);
-  const kvBytes = pointBytes(points, model, options);
-  model.close();
-  const session = await openSession({
-    kvBytes,
-    maxContextTokens: longest,
-    ...dropUndefined(engineConfig(options)),
-    ...source,
-    maxSequences: Math.max(...options.batch, options.maxSequences ?? 0),
-  });
+  try {
+    const maxSequences = Math.max(...options.batch, options.maxSequences ?? 0);
+    const longest = Math.min(Math.max(...points.map(sequenceTokens)), model.config.contextTokens);
+    const needed = pointBytes(points, model, options);
+    const config: EngineConfig = {
+      maxContextTokens: longest,
+      ...dropUndefined(engineConfig(options)),
+      ...source,
+      maxSequences,
+    };
+    if (options.memory === undefined) return { kvBytes: needed, ...config };
+    const budget = { budgetBytes: options.memory, wantedSequences: maxSequences, maxContextTokens: longest };
+    // A sequence's length is for the points to decide: the plan only has to find what is left for pages.
+    const planned = await budgetedConfig({ model, config, ...budget, tokensPerSequence: 1 });
+    if (planned.plan.maxSequences < maxSequences) {
+      throw new UsageError(`--memory: ${planned.plan.maxSequences} sequences fit, not the ${maxSequences} of --batch`);
+    }
+    return { ...planned.config, kvBytes: Math.min(needed, planned.plan.kvBytes) };
+  } finally {
+    model.close();
+  }
+}
+
+async function runEngineBench(options: BenchOptions, { output }: CommandContext): Promise<void> {
+  if (options.json === true && options.csv === true) throw new UsageError("--json and --csv: give one of them");
+  if (options.memory !== undefined && options.kvBytes !== undefined) {
+    throw new UsageError("--memory and --kv-bytes: give one of them; the KV cache takes what the budget leaves");
+  }
+  const points = sweepPoints(options.batch, options.context ?? options.promptTokens, options.outputTokens);
+  const source = await modelConfig(options);
+  const session = await openSession(await sweepConfig(points, options, source));
   try {
     const named = (row: SweepRow): SweepRow =>
       "skipped" in row ? row : { ...row, model: source.modelName ?? row.model };

@@ -1,9 +1,10 @@
 /** `kivimesh bench throughput`: what one GPU makes of a pile of requests under one budget of memory. */
 import { DEFAULT_KV_FORMAT, KV_FORMAT_NAMES } from "@kivimesh/kernels";
-import { type EngineConfig, loadModel, type Numerics } from "@kivimesh/worker";
+import { type EngineConfig, type LoadedModel, loadModel, type Numerics } from "@kivimesh/worker";
 import type { Command } from "commander";
 import { csv, writeBenchFiles } from "../bench/bench-files.ts";
 import { openSession } from "../bench/engine-session.ts";
+import { type Budgeted, budgetedConfig } from "../bench/memory-budget.ts";
 import { measureThroughput } from "../bench/throughput.ts";
 import { type FailedRow, type ThroughputRow, throughputCharts, throughputTable } from "../bench/throughput-report.ts";
 import { type Workload, workload, workloadName } from "../bench/workload.ts";
@@ -31,6 +32,8 @@ interface ThroughputOptions extends ModelOptions, Omit<EngineOptions, "kvFormat"
 }
 
 const NUMERICS: readonly Numerics[] = ["invariant", "fast"];
+/** What an engine takes. */
+const MAX_SEQUENCES = 1024;
 const DEFAULT_WORKLOAD: Workload = { requests: 16, promptTokens: 161, outputTokens: 338 };
 
 const EXAMPLES = `
@@ -85,28 +88,47 @@ function trialsOf({ workload: workloads, kvFormat, numerics }: ThroughputOptions
   );
 }
 
-async function runTrial(
-  trial: Trial,
-  options: ThroughputOptions,
-  source: Pick<EngineConfig, "modelPath" | "dummyArchitecture" | "modelName">,
-): Promise<ThroughputRow> {
-  const { kvFormat, numerics, workload: work } = trial;
-  const started = performance.now();
-  const session = await openSession({
-    ...sizes(options, work),
+type Source = Awaited<ReturnType<typeof modelConfig>>;
+
+/** Sequences, context and pages of the engine that runs the workload. */
+async function trialConfig(trial: Trial, options: ThroughputOptions, source: Source): Promise<Partial<Budgeted>> {
+  const { requests, promptTokens, outputTokens } = trial.workload;
+  const { kvFormat: _formats, numerics: _modes, ...rest } = options;
+  const given: EngineConfig = {
+    ...engineConfig(rest),
     ...source,
-    kvFormat,
-    numerics,
-  });
+    kvFormat: trial.kvFormat,
+    numerics: trial.numerics,
+    // Nobody waits for a next token here: every step takes what prefill there is.
+    decodeStepsPerPrefill: 0,
+  };
+  const tokensPerSequence = promptTokens + outputTokens;
+  const maxContextTokens = given.maxContextTokens ?? tokensPerSequence;
+  const wantedSequences = Math.min(given.maxSequences ?? MAX_SEQUENCES, requests);
+  if (options.memory === undefined) return { config: { ...given, maxContextTokens, maxSequences: wantedSequences } };
+  const model = await openModel(source);
+  try {
+    const budget = { budgetBytes: options.memory, wantedSequences, maxContextTokens, tokensPerSequence };
+    return await budgetedConfig({ model, config: given, ...budget });
+  } finally {
+    model.close();
+  }
+}
+
+async function runTrial(trial: Trial, options: ThroughputOptions, source: Source): Promise<ThroughputRow> {
+  const started = performance.now();
+  const { config = {}, plan } = await trialConfig(trial, options, source);
+  const session = await openSession(config);
   const openSeconds = (performance.now() - started) / 1000;
   try {
-    const result = await measureThroughput(session, work, options.seconds);
+    const result = await measureThroughput(session, trial.workload, options.seconds);
     return {
       device: session.runner.device.name,
       model: source.modelName ?? session.model.name,
-      kvFormat,
-      numerics,
+      kvFormat: trial.kvFormat,
+      numerics: trial.numerics,
       ...(options.memory === undefined ? {} : { memoryBytes: options.memory }),
+      ...(plan === undefined ? {} : { limitedBy: plan.limitedBy }),
       openSeconds,
       ...result,
     };
@@ -115,31 +137,19 @@ async function runTrial(
   }
 }
 
-/** Sequences, context and pages of the engine that runs the workload. */
-function sizes(options: ThroughputOptions, { requests, promptTokens, outputTokens }: Workload): EngineConfig {
-  const { kvFormat: _formats, numerics: _modes, ...rest } = options;
-  const given = engineConfig(rest);
-  return {
-    ...given,
-    maxContextTokens: given.maxContextTokens ?? promptTokens + outputTokens,
-    maxSequences: given.maxSequences ?? requests,
-  };
-}
-
-/** A model that cannot be opened fails the command, not each of its rows. */
-async function checkModel({
-  modelPath,
-  dummyArchitecture = "",
-}: Awaited<ReturnType<typeof modelConfig>>): Promise<void> {
-  const model = await loadModel(modelPath === undefined ? { dummy: dummyArchitecture } : { path: modelPath });
-  model.close();
+function openModel({ modelPath, dummyArchitecture = "" }: Source): Promise<LoadedModel> {
+  return loadModel(modelPath === undefined ? { dummy: dummyArchitecture } : { path: modelPath });
 }
 
 async function runThroughputBench(options: ThroughputOptions, context: CommandContext): Promise<void> {
   const { output } = context;
   if (options.json === true && options.csv === true) throw new UsageError("--json and --csv: give one of them");
+  if (options.memory !== undefined && options.kvBytes !== undefined) {
+    throw new UsageError("--memory and --kv-bytes: give one of them; the KV cache takes what the budget leaves");
+  }
   const source = await modelConfig(options);
-  await checkModel(source);
+  // A model that cannot be opened fails the command, not each of its rows.
+  (await openModel(source)).close();
   const rows: (ThroughputRow | FailedRow)[] = [];
   for (const trial of trialsOf(options)) {
     const row = await runTrial(trial, options, source).catch((error: unknown): FailedRow => {

@@ -7,6 +7,8 @@ import { jsonOf } from "../testing/json-command.ts";
 
 const dummy = ["--model", "dummy:tiny-llama"];
 
+type SweepRows = readonly { readonly decodeTokensPerSecond?: number; readonly skipped?: string }[];
+
 const memory = {
   weights: expect.any(Number),
   kv: expect.any(Number),
@@ -104,6 +106,31 @@ it("bench throughput runs a whole workload on each KV format", async () => {
   expect(two).toBeLessThan((half as number) / 4);
 }, 120_000);
 
+it("bench throughput --memory fills the budget, and refuses one that holds nothing", async () => {
+  const size = ["--workload", "3x140+4", "--kv-format", "kivi2r", "--memory", "620MiB"];
+  const [row] = (await jsonOf("bench", "throughput", ...dummy, ...size, "--json")) as Record<string, unknown>[];
+  expect(row).toMatchObject({
+    memoryBytes: 620 * 2 ** 20,
+    limitedBy: "maxSequences",
+    maxSequences: 3,
+    outputTokens: 12,
+  });
+  const { total, kvPages } = (row?.peakGpuBytes ?? {}) as Record<string, number>;
+  expect(total).toBeLessThan(620 * 2 ** 20);
+  expect(kvPages).toBeGreaterThan(10 * 2 ** 20);
+  const tight = await refusal("bench", "throughput", ...dummy, "--memory", "100MiB");
+  expect(tight).toMatchObject({ code: 1, notices: expect.stringContaining("hold no sequence of 499 tokens") });
+}, 120_000);
+
+it("bench engine --memory keeps to the budget and skips what it does not hold", async () => {
+  const size = ["--batch", "1", "--context", "100,1500", "--output-tokens", "2", "--memory"];
+  const { notices } = await refusal("bench", "engine", ...dummy, ...size, "1MiB");
+  const least = Number(/one needs (\d+) bytes/.exec(notices)?.[1]);
+  const rows = (await jsonOf("bench", "engine", ...dummy, ...size, `${least + 1e5}`, "--json")) as SweepRows;
+  expect(rows[0]?.decodeTokensPerSecond).toBeGreaterThan(0);
+  expect(rows[1]?.skipped).toMatch(/tokens of KV, \d+ fit/);
+}, 120_000);
+
 it("bench throughput --seconds measures a part in which the batch is full", async () => {
   const size = ["--workload", "6x130+120", "--max-sequences", "3", "--seconds", "1"];
   const [row] = (await jsonOf("bench", "throughput", ...dummy, ...size, "--json")) as Record<string, unknown>[];
@@ -123,6 +150,8 @@ it.each([
   [["throughput", "--numerics", "exact"], /invariant, fast/],
   [["throughput", "--model", "dummy:gpt"], /unknown architecture "gpt"/],
   [["throughput", "--seconds", "0"], /from 0.1/],
+  [["throughput", "--memory", "1GiB", "--kv-bytes", "1MiB", ...dummy], /give one of them/],
+  [["engine", "--memory", "1GiB", "--kv-bytes", "1MiB", ...dummy], /give one of them/],
 ])("bench %j is refused", async (argv, message) => {
   const written: string[] = [];
   const original = process.stderr.write.bind(process.stderr);
