@@ -1,0 +1,518 @@
+/**
+ * WGSL of prefill attention by products of matrices: flash attention over sealed pages, then over the window's f16 rows.
+ *
+ * A workgroup takes a tile of rows and some query heads of one KV head. For 32 tokens at a time, keys and values are
+ * unpacked once to f16 rows in workgroup memory; logits go through workgroup memory to the threads that own the queries
+ * (softmax), and come back as f16 weights. Two phases a step, a barrier after each:
+ *
+ *   vectors:  softmax of tile t; unpack values of t and keys of t + 1
+ *   matrices: output += weights(t) * values(t); logits(t + 1) = queries * keys(t + 1)
+ *
+ * Matrices cannot be scaled by rows. So a query keeps a reference maximum, weights are exp2(logit - reference), and only
+ * where a logit exceeds its reference by more than 8 is the output taken through workgroup memory to scale that query's row
+ * (all others by exactly 1). A query's bits do not depend on the other queries of its tile.
+ *
+ * Rotated formats: for sealed tokens q is multiplied by the Hadamard matrix, and the output once at the last one.
+ */
+import { each, SENTINEL } from "./kv-attention-template.ts";
+import { kvPageLayout } from "./kv-layout.ts";
+import {
+  boardLength,
+  channelAt,
+  KEY_TILE,
+  type PrefillMatrixSizes,
+  type PrefillMatrixTemplate,
+  placeOf,
+  prefillMatrixSizes,
+} from "./kv-prefill-matrix-plan.ts";
+import { rotateRows } from "./kv-prefill-matrix-rotation.wgsl.ts";
+import {
+  type Staging,
+  sealedKeys,
+  sealedValues,
+  stagingFunctions,
+  windowRows,
+} from "./kv-prefill-matrix-stage.wgsl.ts";
+import { type MatrixDialect, matrixDialect } from "./subgroup-matrix.ts";
+
+/** A logit may exceed its query's reference by this many powers of two: weights stay far below f16's 65504. */
+const HEADROOM = "8.0";
+
+interface Context {
+  readonly template: PrefillMatrixTemplate;
+  readonly s: PrefillMatrixSizes;
+  readonly dialect: MatrixDialect;
+  readonly registers: boolean;
+}
+
+/** Statement: `sum` is read back from where `storeVectors` put it. */
+function loadVectors({ dialect, template }: Context, offset: string, stride: string, sum: string): string {
+  return template.dialect === "device"
+    ? dialect.load("board", offset, stride, sum)
+    : `${sum} = emulatedLoadVectors(${offset}, ${stride}, lane);`;
+}
+
+const EMULATED_LOAD_VECTORS = `
+fn emulatedLoadVectors(firstVector: u32, stride: u32, lane: u32) -> array<f32, 8> {
+  var values = array<f32, 8>();
+  let never = lane >> 8u;
+  for (var i = 0u; i < 8u + never; i++) {
+    let e = lane + 32u * i;
+    values[i] = board[firstVector + (e >> 4u) * stride + ((e & 15u) >> 2u)][e & 3u];
+  }
+  return values;
+}`;
+
+/** A loop over matrices: written out for devices, a loop where the compiler would drown in the text. */
+function loop({ template }: Context, name: string, count: number, body: (i: string) => string): string {
+  if (template.dialect === "device") return each(count, (i) => `{ ${body(`${i}u`)} }`, "\n    ");
+  return `for (var ${name} = 0u; ${name} < ${count}u * params.one; ${name}++) { ${body(name)} }`;
+}
+
+/** logits = queries * keys, into `board`. */
+function logits(context: Context): string {
+  const { s, dialect, template, registers } = context;
+  const { rowBlocks } = template.plan;
+  const product = (k: string) => {
+    const index = Number.parseInt(k, 10);
+    const lefts = each(
+      rowBlocks,
+      (r) =>
+        registers
+          ? ""
+          : dialect.loadLeft(`a${r}`, {
+              array: "queries",
+              offset: `(rowBase + ${16 * r}u) * ${s.rowVectors}u + ${k} * 2u`,
+              stride: `${s.rowVectors}u`,
+              major: "row",
+            }),
+      " ",
+    );
+    return `${lefts}
+    ${each(
+      s.keyBlocks,
+      (n) =>
+        `${dialect.loadRight(`b${n}`, {
+          array: "kv",
+          offset: `(columnGroup * ${s.keyBlocks}u + ${n}u) * ${16 * s.rowVectors}u + ${k} * 2u`,
+          stride: `${s.rowVectors}u`,
+          major: "column",
+        })} ${each(rowBlocks, (r) => dialect.multiplyAccumulate(`s${r}_${n}`, registers ? `q${r}_${index}` : `a${r}`, `b${n}`), " ")}`,
+      "\n    ",
+    )}`;
+  };
+  const pairs = (text: (r: number, n: number) => string) =>
+    each(rowBlocks, (r) => each(s.keyBlocks, (n) => text(r, n), " "), " ");
+  return `{
+    ${pairs((r, n) => `var s${r}_${n} = ${dialect.zero};`)}
+    ${loop(context, "k", s.d / 16, product)}
+    ${pairs((r, n) => dialect.storeVectors("board", "vec4f", `(rowBase + ${16 * r}u) * ${s.logitVectors}u + (columnGroup * ${s.keyBlocks}u + ${n}u) * 4u`, `${s.logitVectors}u`, `s${r}_${n}`))}
+  }`;
+}
+
+/** output += weights * values. */
+function products(context: Context): string {
+  const { s, dialect, template } = context;
+  const { rowBlocks } = template.plan;
+  return loop(
+    context,
+    "k",
+    KEY_TILE / 16,
+    (k) => `${each(
+      rowBlocks,
+      (r) =>
+        dialect.loadLeft(`a${r}`, {
+          array: "weights",
+          offset: `(rowBase + ${16 * r}u) * ${s.weightVectors}u + ${k} * 2u`,
+          stride: `${s.weightVectors}u`,
+          major: "row",
+        }),
+      " ",
+    )}
+    ${each(
+      s.channelBlocks,
+      (c) =>
+        `${dialect.loadRight(`b${c}`, {
+          array: "kv",
+          offset: `${KEY_TILE * s.rowVectors}u + ${k} * ${16 * s.rowVectors}u + (columnGroup * ${s.channelBlocks}u + ${c}u) * 2u`,
+          stride: `${s.rowVectors}u`,
+          major: "row",
+        })} ${each(rowBlocks, (r) => dialect.multiplyAccumulate(`o${r}_${c}`, `a${r}`, `b${c}`), " ")}`,
+      "\n    ",
+    )}`,
+  );
+}
+
+/** Weights of a tile of logits; leaves `factor`, by which this query's output must be scaled, and `rescue`. */
+function softmax({ s }: Context, masked: boolean): string {
+  const vectors = KEY_TILE / 4;
+  const own = vectors / s.rowThreads;
+  const load = (name: string, at: string) =>
+    masked
+      ? `let seen${name} = vec4<u32>(windowFirst) + vec4<u32>(0u, 1u, 2u, 3u) + 4u * (${at}) <= vec4<u32>(see); let ${name} = select(vec4f(${SENTINEL}), board[logitRow + ${at}], seen${name});`
+      : `let ${name} = board[logitRow + ${at}];`;
+  const weight = (name: string) =>
+    masked ? `select(vec4f(0.0), exp2(${name} - top), seen${name})` : `exp2(${name} - top)`;
+  return `{
+    var most = vec4f(${SENTINEL});
+    ${each(vectors, (j) => `{ ${load("x", `${j}u`)} most = max(most, x); }`, "\n    ")}
+    let best = max(max(most.x, most.y), max(most.z, most.w));
+    factor = 1.0;
+    if (best > top + ${HEADROOM}) {
+      factor = exp2(top - best);
+      top = best;
+      total *= factor;
+      if (total > 0.0) { rescue = 1u; }
+    }
+    ${each(
+      own / 2,
+      (j) => `{
+      let first = part * ${own}u + ${2 * j}u;
+      ${load("x", "first")} ${load("y", "first + 1u")}
+      let p = ${weight("x")}; let q = ${weight("y")};
+      total += ((p.x + p.y) + (p.z + p.w)) + ((q.x + q.y) + (q.z + q.w));
+      weights[weightRow + part * ${own / 2}u + ${j}u] = vec4<u32>(pack2x16float(p.xy), pack2x16float(p.zw), pack2x16float(q.xy), pack2x16float(q.zw));
+    }`,
+      "\n    ",
+    )}
+  }`;
+}
+
+/** Scales every query's output by its `factor`, 32 channels at a time through `board`. */
+function rescueText(context: Context): string {
+  const { s, dialect, template } = context;
+  const { rowBlocks, columnGroups } = template.plan;
+  const perRound = 2 / columnGroups;
+  const rounds = Math.ceil(s.channelBlocks / perRound);
+  const own = KEY_TILE / 4 / s.rowThreads;
+  const blocks = (round: number, text: (r: number, c: number, at: string) => string) =>
+    each(
+      rowBlocks,
+      (r) =>
+        each(
+          Math.min(perRound, s.channelBlocks - round * perRound),
+          (b) =>
+            text(
+              r,
+              round * perRound + b,
+              `(rowBase + ${16 * r}u) * ${s.logitVectors}u + (columnGroup * ${perRound}u + ${b}u) * 4u`,
+            ),
+          " ",
+        ),
+      " ",
+    );
+  return `if (thread == 0u) { rescue = 0u; }
+    ${each(
+      rounds,
+      (
+        round,
+      ) => `${blocks(round, (r, c, at) => dialect.storeVectors("board", "vec4f", at, `${s.logitVectors}u`, `o${r}_${c}`))}
+    workgroupBarrier();
+    ${each(own, (j) => `board[logitRow + part * ${own}u + ${j}u] *= factor;`, " ")}
+    workgroupBarrier();
+    ${blocks(round, (r, c, at) => loadVectors(context, at, `${s.logitVectors}u`, `o${r}_${c}`))}`,
+      "\n    workgroupBarrier();\n    ",
+    )}
+    workgroupBarrier();`;
+}
+
+/** Statements before a tile's loads: where its page or rows lie. */
+type Locate = (tile: string) => string;
+
+/** What the loop over tiles of one kind (sealed, or the window's) needs to know. */
+interface TileLoop {
+  readonly count: string;
+  readonly masked: boolean;
+  readonly locateKeys: Locate;
+  readonly keys: Staging;
+  readonly locateValues: Locate;
+  readonly values: Staging;
+}
+
+/** Step t: softmax of tile t - 1 beside the staging of its values and of the keys of t; then both products. */
+function tileLoop(context: Context, { count, masked, locateKeys, keys, locateValues, values }: TileLoop): string {
+  const { loads: when } = context.template.plan;
+  const load = (valueTile: string, keyTile: string) => `{
+    ${locateKeys(`min(${keyTile}, ${count} - 1u)`)}
+${keys.loads}
+    ${locateValues(`min(${valueTile}, ${count} - 1u)`)}
+${values.loads}
+    }`;
+  const own = load("max(t, 1u) - 1u", "t");
+  return `${keys.declarations}
+${values.declarations}
+  ${when === "early" ? load("0u", "0u") : ""}
+  for (var t = 0u; t <= ${count}; t++) {
+    workgroupBarrier();
+    ${when === "middle" ? own : ""}
+    if (t > 0u) {
+    ${masked ? `let windowFirst = (t - 1u) * ${KEY_TILE}u;` : ""}
+    // softmax
+    ${softmax(context, masked)}
+    // weights are there
+    }
+    ${when === "late" ? own : ""}
+    // staging
+    {
+    ${keys.stores}
+    ${values.stores}
+    }
+    // staged
+    if (workgroupUniformLoad(&rescue) != 0u) {
+    ${rescueText(context)}
+    }
+    ${when === "early" ? load("t", "t + 1u") : ""}
+    if (t > 0u) {
+    ${products(context)}
+    }
+    if (t < ${count}) ${logits(context)}
+  }`;
+}
+
+/** Queries as f16 rows, in rounds of a subgroup's rows: to `queries`, or through `kv` into registers. */
+function loadQueries({ template, s, dialect, registers }: Context, rotated: boolean): string {
+  const { rowBlocks } = template.plan;
+  const bits = template.format.keyBits;
+  const target = registers ? "kv[q * " : "queries[(g * GROUP + q) * ";
+  const write = `${target.replace("GROUP", `${s.groupRows}u`)}${s.rowVectors}u + v]`;
+  const value = (i: number | string) => `query(g * ${s.groupRows}u + q, ${channelAt(bits, s.d, `(v * 8u + ${i}u)`)})`;
+  const packed = rotated
+    ? `let x = board[q * ${s.boardVectors}u + 2u * v]; let y = board[q * ${s.boardVectors}u + 2u * v + 1u];
+      ${write} = vec4<u32>(halves(x.xy), halves(x.zw), halves(y.xy), halves(y.zw));`
+    : `${write} = vec4<u32>(${each(4, (k) => `halves(vec2f(${value(2 * k)}, ${value(2 * k + 1)}))`, ", ")});`;
+  const rotation = `for (var i = thread; i < ${(s.groupRows * s.d) / 4}u * params.one; i += ${s.threads}u) {
+      let q = i / ${s.d / 4}u; let v = i % ${s.d / 4}u;
+      board[q * ${s.boardVectors}u + v] = vec4f(${each(4, (k) => `query(g * ${s.groupRows}u + q, ${channelAt(bits, s.d, `(v * 4u + ${k}u)`)})`, ", ")});
+    }
+    rotateRows(thread);`;
+  const take = `workgroupBarrier();
+    if (rowGroup == g) {
+    ${each(rowBlocks, (r) =>
+      each(
+        s.d / 16,
+        (k) =>
+          `q${r}_${k} = ${dialect
+            .loadLeft("x", {
+              array: "kv",
+              offset: `${16 * r * s.rowVectors + 2 * k}u`,
+              stride: `${s.rowVectors}u`,
+              major: "row",
+            })
+            .replace("let x = ", "")}`,
+      ),
+    )}
+    }`;
+  return `for (var g = 0u; g < ${s.rowGroups}u * params.one; g++) {
+    workgroupBarrier();
+    ${rotated ? rotation : ""}
+    for (var i = thread; i < ${(s.groupRows * s.d) / 8}u * params.one; i += ${s.threads}u) {
+      let q = i / ${s.d / 8}u; let v = i % ${s.d / 8}u;
+      ${packed}
+    }
+    ${registers ? take : ""}
+  }
+  workgroupBarrier();`;
+}
+
+/** Runs `body` for each group of queries with its output as f32 rows in `board`. */
+function eachOutput({ s, dialect, template }: Context, body: string): string {
+  const { rowBlocks } = template.plan;
+  const store = each(rowBlocks, (r) =>
+    each(s.channelBlocks, (c) =>
+      dialect.storeVectors(
+        "board",
+        "vec4f",
+        `${16 * r * s.boardVectors}u + (columnGroup * ${s.channelBlocks}u + ${c}u) * 4u`,
+        `${s.boardVectors}u`,
+        `o${r}_${c}`,
+      ),
+    ),
+  );
+  return `for (var g = 0u; g < ${s.rowGroups}u * params.one; g++) {
+    workgroupBarrier();
+    if (rowGroup == g) {
+    ${store}
+    }
+    ${body}
+  }`;
+}
+
+function unrotate(context: Context): string {
+  const { s, template } = context;
+  const load = each(template.plan.rowBlocks, (r) =>
+    each(s.channelBlocks, (c) =>
+      loadVectors(
+        context,
+        `${16 * r * s.boardVectors}u + (columnGroup * ${s.channelBlocks}u + ${c}u) * 4u`,
+        `${s.boardVectors}u`,
+        `o${r}_${c}`,
+      ),
+    ),
+  );
+  return eachOutput(
+    context,
+    `rotateRows(thread);
+    if (rowGroup == g) {
+    ${load}
+    }`,
+  );
+}
+
+function writeOutput(context: Context): string {
+  const { s, template } = context;
+  const { tileRows } = template.plan;
+  const half = template.output === "f16";
+  const element = (channel: string) => {
+    const place = placeOf(template.format.valueBits, s.d, channel);
+    return `board[q * ${s.boardVectors}u + (${place} >> 2u)][${place} & 3u] * scale`;
+  };
+  const step = half ? 2 : 1;
+  const width = s.d / step;
+  const write = half
+    ? `output[at] = pack2x16float(clamp(vec2f(${element("(2u * c)")}, ${element("(2u * c + 1u)")}), vec2f(-65504.0), vec2f(65504.0)));`
+    : `output[at] = ${element("c")};`;
+  return `totals[thread] = total;
+  ${eachOutput(
+    context,
+    `workgroupBarrier();
+    for (var i = thread; i < ${s.groupRows * width}u * params.one; i += ${s.threads}u) {
+      let q = i / ${width}u; let c = i % ${width}u;
+      let m = g * ${s.groupRows}u + q;
+      let row = m % ${tileRows}u;
+      if (row < tile.y) {
+        let scale = 1.0 / (${each(s.rowThreads, (p) => `totals[m * ${s.rowThreads}u + ${p}u]`, " + ")});
+        let at = ((tile.x + row) * ${template.heads}u + firstHead + m / ${tileRows}u) * ${width}u + c;
+        ${write}
+      }
+    }`,
+  )}`;
+}
+
+function declarations({ template, s, registers }: Context): string {
+  const half = template.output === "f16";
+  return `
+@group(0) @binding(0) var<storage, read> qkv: array<f32>;
+@group(0) @binding(1) var<storage, read> pages: array<vec4<u32>>;
+@group(0) @binding(2) var<storage, read> kvRows: array<vec4<u32>>;
+@group(0) @binding(3) var<storage, read> tiles: array<vec4u>;
+@group(0) @binding(4) var<storage, read> pageTable: array<u32>;
+@group(0) @binding(5) var<storage, read_write> output: array<${half ? "u32" : "f32"}>;
+// one is 1: loops that the compiler must not unroll multiply their bound by it.
+struct Step { one: u32, unused: u32 }
+var<immediate> params: Step;
+/** Keys, then values. */
+var<workgroup> kv: array<vec4<u32>, ${2 * KEY_TILE * s.rowVectors}>;
+${registers ? "" : `var<workgroup> queries: array<vec4<u32>, ${s.queries * s.rowVectors}>;`}
+var<workgroup> weights: array<vec4<u32>, ${s.queries * s.weightVectors}>;
+var<workgroup> board: array<vec4f, ${boardLength(s)}>;
+var<workgroup> totals: array<f32, ${s.threads}>;
+var<workgroup> rescue: u32;
+var<private> firstRow: u32;
+var<private> lastRow: u32;
+var<private> firstHead: u32;
+fn halves(x: vec2f) -> u32 { return pack2x16float(clamp(x, vec2f(-65504.0), vec2f(65504.0))); }
+/** Query m of the workgroup, with the factor of the logits, in powers of two. */
+fn query(m: u32, channel: u32) -> f32 {
+  let row = min(firstRow + m % ${template.plan.tileRows}u, lastRow);
+  return qkv[row * ${(template.heads + 2 * template.shape.kvHeads) * s.d}u + (firstHead + m / ${template.plan.tileRows}u) * ${s.d}u + channel] * ${template.scale * Math.LOG2E};
+}
+${stagingFunctions(template)}
+${template.format.rotated ? rotateRows(s) : ""}`;
+}
+
+function sealedPart(context: Context): string {
+  const { template } = context;
+  const { format, shape } = template;
+  const layout = kvPageLayout(format, shape);
+  const groups = shape.blockTokens / KEY_TILE;
+  const page = (side: "key" | "value") => (tile: string) =>
+    `let ${side}Tile = ${tile}; let ${side}Start = pageTable[tile.w * ${template.maxPages}u + ${side}Tile / ${groups}u] * ${layout.page}u;
+    let ${side}Page = ${side}Start + kvHead * ${layout.head}u; let ${side}Group = ${side}Tile % ${groups}u; ${side === "key" && format.rotated ? `let keyNorms = keyStart + ${layout.norms}u;` : ""}`;
+  const { rowVectors } = context.s;
+  return `  if (sealed > 0u) {
+  ${loadQueries(context, format.rotated)}
+  let count = sealed / ${KEY_TILE}u;
+  ${tileLoop(context, {
+    count: "count",
+    masked: false,
+    locateKeys: page("key"),
+    keys: sealedKeys(template, "0u"),
+    locateValues: page("value"),
+    values: sealedValues(template, `${KEY_TILE * rowVectors}u`),
+  })}
+  ${format.rotated ? unrotate(context) : ""}
+  }`;
+}
+
+function windowPart(context: Context): string {
+  const { template, s } = context;
+  return `  {
+  ${loadQueries(context, false)}
+  let last = inWindow + tile.y - 1u;
+  let count = last / ${KEY_TILE}u + 1u;
+  let halfBase = (firstRow - inWindow) * ${(template.shape.kvHeads * s.d) / 4}u + kvHead * ${s.d / 8}u;
+  ${tileLoop(context, {
+    count: "count",
+    masked: true,
+    locateKeys: (tile) => `let keyFirst = (${tile}) * ${KEY_TILE}u;`,
+    keys: windowRows(template, "key", "0u"),
+    locateValues: (tile) => `let valueFirst = (${tile}) * ${KEY_TILE}u;`,
+    values: windowRows(template, "value", `${KEY_TILE * s.rowVectors}u`),
+  })}
+  }`;
+}
+
+/**
+ * Bindings: qkv, pages, half (chunkKv), tiles, pageTable, output. Grid: tiles, heads / queryHeads; the longest tiles, which
+ * the tables hold last, start first. @throws RangeError where plan and shape do not fit.
+ */
+export function prefillMatrixWgsl(template: PrefillMatrixTemplate): string {
+  const s = prefillMatrixSizes(template);
+  const dialect = matrixDialect(template.dialect);
+  const registers = template.plan.queries === "registers";
+  const context: Context = { template, s, dialect, registers };
+  const { plan, heads, shape } = template;
+  const headGroups = heads / plan.queryHeads;
+  const needsHalf = template.arithmetic === "f16" && template.dialect === "emulated";
+  const outputs = each(plan.rowBlocks, (r) =>
+    each(s.channelBlocks, (c) => `  var o${r}_${c} = ${dialect.zero};`, "\n"),
+  );
+  const matrices = registers
+    ? each(plan.rowBlocks, (r) => each(s.d / 16, (k) => `  var q${r}_${k}: subgroup_matrix_left<f16, 16, 16>;`))
+    : "";
+  const main = `
+@compute @workgroup_size(${s.threads}) fn main(@builtin(workgroup_id) wid: vec3u, @builtin(num_workgroups) grid: vec3u, @builtin(local_invocation_index) thread: u32) {
+  let lane = thread % 32u;
+  let rowGroup = thread / ${32 * plan.columnGroups}u;
+  let columnGroup = (thread / 32u) % ${plan.columnGroups}u;
+  let rowBase = rowGroup * ${s.groupRows}u;
+  let work = wid.y * grid.x + wid.x;
+  let tile = tiles[grid.x * grid.y / ${headGroups}u - 1u - work / ${headGroups}u];
+  firstHead = (work % ${headGroups}u) * ${plan.queryHeads}u;
+  let kvHead = firstHead / ${heads / shape.kvHeads}u;
+  firstRow = tile.x;
+  lastRow = tile.x + tile.y - 1u;
+  let inWindow = tile.z % ${shape.residualTokens}u;
+  let sealed = tile.z - inWindow;
+  let part = thread % ${s.rowThreads}u;
+  let logitRow = (thread / ${s.rowThreads}u) * ${s.logitVectors}u;
+  let weightRow = (thread / ${s.rowThreads}u) * ${s.weightVectors}u;
+  let see = inWindow + (thread / ${s.rowThreads}u) % ${plan.tileRows}u;
+  if (thread == 0u) { rescue = 0u; }
+  var top = ${SENTINEL};
+  var total = 0.0;
+  var factor = 1.0;
+${outputs}
+${matrices}
+${sealedPart(context)}
+${windowPart(context)}
+${writeOutput(context)}
+}`;
+  return `${dialect.directives}
+${needsHalf ? "enable f16;" : ""}
+requires immediate_address_space;
+${declarations(context)}
+${template.dialect === "emulated" ? EMULATED_LOAD_VECTORS : ""}
+${main}
+${dialect.functions()}`;
+}
