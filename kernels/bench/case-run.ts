@@ -13,7 +13,7 @@ export interface CaseRunOptions {
   /** Cases that have not begun by then are not run, and their rows say so. */
   readonly deadline: number;
   readonly onResult: (result: BenchResult) => void;
-  /** Runs each case, so that several benches can take turns on one GPU. Default: at once. */
+  /** Runs each batch of cases, so that several benches can take turns on one GPU. Default: at once. */
   readonly exclusively?: <T>(work: () => Promise<T>) => Promise<T>;
 }
 
@@ -55,45 +55,112 @@ async function checkAndTime(each: KernelCase, prepared: PreparedCase, options: C
   return measuredResult(each, time, { relativeError, tolerance: prepared.tolerance }, roofs);
 }
 
-async function runCase(each: KernelCase, options: CaseRunOptions): Promise<BenchResult> {
-  const { gpu } = options;
+/** Collects what the device complains about while `work` runs. */
+async function withErrors<T>(
+  gpu: Gpu,
+  work: () => Promise<T>,
+): Promise<{ readonly value: T; readonly errors: string[] }> {
   const errors: string[] = [];
   const note = (event: Event) => errors.push((event as GPUUncapturedErrorEvent).error.message.slice(0, 500));
   gpu.device.addEventListener("uncapturederror", note);
-  let prepared: PreparedCase | undefined;
   try {
-    prepared = await bounded(gpu, each.prepare(gpu));
-    const result = await bounded(gpu, checkAndTime(each, prepared, options));
-    return errors[0] === undefined ? result : { ...result, error: errors[0] };
-  } catch (error) {
-    if (error instanceof CaseUnsupportedError) return { ...caseName(each), skipped: error.message };
-    if (error instanceof DeviceGoneError) throw error;
-    return { ...caseName(each), error: [message(error), ...errors].join("; ") };
+    const value = await work();
+    // Complaints about what was submitted come with the work's end at the latest.
+    await bounded(gpu, gpu.device.queue.onSubmittedWorkDone());
+    return { value, errors };
   } finally {
-    prepared?.destroy();
     gpu.device.removeEventListener("uncapturederror", note);
   }
+}
+
+type Preparation = { readonly prepared: PreparedCase } | { readonly result: BenchResult };
+
+async function prepareCase(each: KernelCase, gpu: Gpu): Promise<Preparation> {
+  try {
+    return { prepared: await bounded(gpu, each.prepare(gpu)) };
+  } catch (error) {
+    if (error instanceof CaseUnsupportedError) return { result: { ...caseName(each), skipped: error.message } };
+    if (error instanceof DeviceGoneError) throw error;
+    return { result: { ...caseName(each), error: message(error) } };
+  }
+}
+
+async function runPrepared(each: KernelCase, prepared: PreparedCase, options: CaseRunOptions): Promise<BenchResult> {
+  const { gpu } = options;
+  const { value, errors } = await withErrors(gpu, async () => {
+    try {
+      return await bounded(gpu, checkAndTime(each, prepared, options));
+    } catch (error) {
+      if (error instanceof DeviceGoneError) throw error;
+      return { ...caseName(each), error: message(error) };
+    }
+  });
+  return errors[0] === undefined ? value : { ...value, error: [value.error, ...errors].filter(Boolean).join("; ") };
+}
+
+/** Prepares a few cases side by side, since compilers are slow and have threads of their own; then runs one by one. */
+async function runBatch(batch: readonly KernelCase[], options: CaseRunOptions): Promise<void> {
+  const { gpu, onResult } = options;
+  const { value: preparations, errors } = await withErrors(gpu, () => {
+    return Promise.all(batch.map((each) => prepareCase(each, gpu)));
+  });
+  try {
+    for (const [index, each] of batch.entries()) {
+      const preparation = preparations[index] as Preparation;
+      if ("result" in preparation) onResult(preparation.result);
+      // Whose complaint it was is not known: none of them can be trusted.
+      else if (errors[0] !== undefined) onResult({ ...caseName(each), error: errors.join("; ") });
+      else if (performance.now() > options.deadline) onResult({ ...caseName(each), skipped: "the time was up" });
+      else onResult(await runPrepared(each, preparation.prepared, options));
+    }
+  } finally {
+    for (const preparation of preparations) if ("prepared" in preparation) preparation.prepared.destroy();
+  }
+}
+
+/** Cases prepared together, at most: so many, and so many bytes of a single run of each. */
+const BATCH = { software: 1, hardware: 8 } as const;
+const BATCH_BYTES = 4e9;
+
+function* batches(cases: readonly KernelCase[], most: number): Generator<KernelCase[]> {
+  let batch: KernelCase[] = [];
+  let bytes = 0;
+  for (const each of cases) {
+    if (batch.length > 0 && (batch.length >= most || bytes + each.bytes > BATCH_BYTES)) {
+      yield batch;
+      batch = [];
+      bytes = 0;
+    }
+    batch.push(each);
+    bytes += each.bytes;
+  }
+  if (batch.length > 0) yield batch;
 }
 
 /** Runs the cases in order. A lost device fails those that are left. */
 export async function runCases(cases: readonly KernelCase[], options: CaseRunOptions): Promise<BenchResult[]> {
   const results: BenchResult[] = [];
-  let gone: string | undefined;
-  for (const each of cases) {
-    let result: BenchResult;
-    if (gone !== undefined) result = { ...caseName(each), error: gone };
-    else if (performance.now() > options.deadline) result = { ...caseName(each), skipped: "the time was up" };
-    else {
-      try {
-        const run = () => runCase(each, options);
-        result = await (options.exclusively === undefined ? run() : options.exclusively(run));
-      } catch (error) {
-        gone = message(error);
-        result = { ...caseName(each), error: gone };
-      }
-    }
+  const onResult = (result: BenchResult) => {
     results.push(result);
     options.onResult(result);
+  };
+  let gone: string | undefined;
+  for (const batch of batches(cases, BATCH[options.gpu.profile])) {
+    const done = results.length;
+    const fill = (rest: Pick<BenchResult, "error" | "skipped">) => {
+      for (const each of batch.slice(results.length - done)) onResult({ ...caseName(each), ...rest });
+    };
+    if (gone !== undefined) fill({ error: gone });
+    else if (performance.now() > options.deadline) fill({ skipped: "the time was up" });
+    else {
+      const run = () => runBatch(batch, { ...options, onResult });
+      try {
+        await (options.exclusively === undefined ? run() : options.exclusively(run));
+      } catch (error) {
+        gone = message(error);
+        fill({ error: gone });
+      }
+    }
   }
   return results;
 }
