@@ -1,5 +1,6 @@
 /** The bench's files: the rows as JSON, and a table of them in Markdown. */
 import type { BenchResult } from "./bench-result.ts";
+import type { TimingPlan } from "./case-timing.ts";
 import type { DeviceRoofs } from "./device-roofs.ts";
 
 /** Where and when the rows were measured. */
@@ -9,6 +10,7 @@ export interface BenchOrigin {
   readonly date: string;
   readonly commit: string;
   readonly roofs: DeviceRoofs;
+  readonly timing: TimingPlan;
   /** The peers' software, such as "torch 2.11.0, CUDA 13.0". */
   readonly peers?: string;
 }
@@ -17,10 +19,17 @@ function microseconds(ms: number): string {
   return ms >= 1 ? `${ms.toFixed(2)} ms` : `${(ms * 1000).toPrecision(3)} µs`;
 }
 
-function speed({ gbPerSecond, tflops }: BenchResult): string {
-  if (tflops !== undefined) return `${tflops.toPrecision(3)} TFLOP/s`;
-  if (gbPerSecond === undefined) return "";
+function bandwidth(gbPerSecond: number): string {
   return gbPerSecond >= 1000 ? `${(gbPerSecond / 1000).toFixed(2)} TB/s` : `${gbPerSecond.toPrecision(3)} GB/s`;
+}
+
+function operations(tflops: number): string {
+  return tflops >= 0.1 ? `${tflops.toPrecision(3)} TFLOP/s` : `${(tflops * 1000).toPrecision(3)} GFLOP/s`;
+}
+
+function speed({ gbPerSecond, tflops }: BenchResult): string {
+  if (tflops !== undefined) return operations(tflops);
+  return gbPerSecond === undefined ? "" : bandwidth(gbPerSecond);
 }
 
 function verdict({ floor, floorMet }: BenchResult): string {
@@ -54,20 +63,19 @@ const HEADER = `| kernel | shape | KV format | numerics | variant | time | sprea
 |---|---|---|---|---|---|---|---|---|---|---|---|---|`;
 
 function roofLine({ readGb, copyGb, multiplyAddTflops, matrixTflops }: DeviceRoofs): string {
-  const matrix =
-    matrixTflops === undefined ? "no subgroup matrices" : `matrix products ${matrixTflops.toFixed(0)} TFLOP/s`;
-  return `read ${(readGb / 1000).toFixed(2)} TB/s, copy ${(copyGb / 1000).toFixed(2)} TB/s, f32 multiply-adds ${multiplyAddTflops.toFixed(1)} TFLOP/s, ${matrix}`;
+  const matrix = matrixTflops === undefined ? "no subgroup matrices" : `matrix products ${operations(matrixTflops)}`;
+  return `read ${bandwidth(readGb)}, copy ${bandwidth(copyGb)}, f32 multiply-adds ${operations(multiplyAddTflops)}, ${matrix}`;
 }
 
 /** The whole Markdown page. */
 export function benchTable(results: readonly BenchResult[], origin: BenchOrigin): string {
-  const { device, date, commit, roofs, peers } = origin;
+  const { device, date, commit, roofs, timing, peers } = origin;
   return `# Kernel bench
 
 ${device}; ${date.slice(0, 10)}; commit ${commit}${peers === undefined ? "" : `; peers: ${peers}`}.
 Roofs measured in the same run: ${roofLine(roofs)}.
 
-Medians of 7 samples of at least 20 runs, warm; every row was compared with a reference in f64 on poisoned outputs first. "Of the roof" counts each byte once (or the products) against the measured roof.
+Medians of ${timing.samples} samples of ${timing.minimumRuns} runs or more (fewer of those that take longer than 12 ms), after ${timing.warmSeconds} s of the same work; every row was compared with a reference in f64 on poisoned outputs first. "Of the roof" counts each byte once (or the products) against the measured roof.
 
 ${HEADER}
 ${results.map(row).join("\n")}

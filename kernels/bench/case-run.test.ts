@@ -98,7 +98,13 @@ test("right, wrong, unfinished, refusing and failing cases are a row each", asyn
   expect(skipped).toMatchObject({ skipped: "no matrices here" });
   expect(failed?.error).toContain("bad shape");
   expect(again?.ms).toBeGreaterThan(0);
-  const table = benchTable(rows, { device: gpu.name, date: "2026-01-01T00:00:00Z", commit: "c0ffee", roofs });
+  const table = benchTable(rows, {
+    device: gpu.name,
+    date: "2026-01-01T00:00:00Z",
+    commit: "c0ffee",
+    roofs,
+    timing: SOFTWARE_TIMING,
+  });
   expect(table).toContain("commit c0ffee");
   expect(table.split("\n").filter((line) => line.startsWith("| doubling"))).toHaveLength(6);
   expect(table).toContain("**failed**: RangeError: bad shape");

@@ -71,7 +71,7 @@ async function measure(seconds: number): Promise<{ origin: BenchOrigin; results:
   const exclusively = folderLock(flags.lock);
   const roofs = await exclusively(() => measureRoofs(gpu, timing));
   const commit = typeof BENCH_COMMIT === "string" ? BENCH_COMMIT : "unknown";
-  const origin: BenchOrigin = { device: gpu.name, date: new Date().toISOString(), commit, roofs };
+  const origin: BenchOrigin = { device: gpu.name, date: new Date().toISOString(), commit, roofs, timing };
   print({ origin });
   const onResult = (result: BenchResult) => print({ result });
   return { origin, results: await runCases(cases, { gpu, roofs, timing, deadline, onResult, exclusively }) };
