@@ -71,8 +71,13 @@ function prefillChunk(sequence: Sequence, start: number, end: number, samples: b
 
 function decodeRow(sequence: Sequence, position: number): DecodeRow {
   const { slot, tokens, pages: pageTable } = sequence;
-  const returnLogits = !sequence.replays && sequence.wantsLogits;
-  const row = { slot, position, pageTable, sample: sequence.request.sampling, returnLogits };
-  // A token that no result has brought yet is on the GPU.
-  return position < tokens.length ? { ...row, token: tokens[position]! } : row;
+  return {
+    slot,
+    // A token that no result has brought yet is on the GPU.
+    token: position < tokens.length ? tokens[position]! : undefined,
+    position,
+    pageTable,
+    sample: sequence.request.sampling,
+    returnLogits: !sequence.replays && sequence.wantsLogits,
+  };
 }

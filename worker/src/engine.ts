@@ -1,15 +1,15 @@
 import { ClusterError, toClusterError } from "@kivimesh/proto";
 import { AttemptRegistry } from "./attempt-registry.ts";
 import { BlockReads } from "./block-reads.ts";
-import type { BlockTransfer, SealedBlock } from "./block-transfer.ts";
-import type { Numerics } from "./config.ts";
+import type { SealedBlock } from "./block-transfer.ts";
 import { EngineCounters } from "./engine-counters.ts";
+import { checkEngineOptions, type EngineOptions } from "./engine-options.ts";
 import { type EndedStep, EnginePipeline } from "./engine-pipeline.ts";
 import type { EngineStats } from "./engine-stats.ts";
 import { buildStep, type StepPart } from "./engine-step.ts";
 import type { GenerationEvent, GenerationOutcome, GenerationRequest } from "./generation.ts";
 import type { ModelRunner, SampledToken } from "./model/index.ts";
-import { PagePool, type PrefixIndexChange } from "./page-pool.ts";
+import { PagePool } from "./page-pool.ts";
 import { PrefixIntake } from "./prefix-intake.ts";
 import { checkRequest } from "./request-check.ts";
 import { planStep, type SchedulerLimits, sealedPages } from "./scheduler.ts";
@@ -19,41 +19,6 @@ import { WakeSignal } from "./wake-signal.ts";
 
 /** How long an engine that cannot run a step waits for pages or blocks before it looks again, in milliseconds. */
 const stalledMs = 20;
-
-export interface EngineOptions {
-  readonly runner: ModelRunner;
-  /** 32 bytes. */
-  readonly modelDigest: Uint8Array;
-  readonly numerics: Numerics;
-  /** Prefill rows of one step; at least R and at most the runner's. */
-  readonly maxPrefillRows: number;
-  /** See SchedulerLimits. */
-  readonly decodeStepsPerPrefill: number;
-  /** Most decode steps in one submit: tokens come in groups of that size, where the host has nothing else to do. */
-  readonly decodeStepsPerSubmit: number;
-  /** How long the decode steps of one submit may take together, in milliseconds: a new request or an abort waits for it. */
-  readonly submitLatencyMs: number;
-  /** Submits that may be under way at once; from 2 on, one is encoded while another runs. At most the runner's. */
-  readonly submitsInFlight: number;
-  /** Gets what happened, once a step. */
-  readonly onEvents: (events: readonly GenerationEvent[]) => void;
-  readonly onPrefixChange?: (change: PrefixIndexChange) => void;
-  /** After every step and when the engine falls idle. */
-  readonly onStats?: () => void;
-  /** The GPU or the runner failed: every sequence has failed, and nothing runs any more. */
-  readonly onFailure?: (error: Error) => void;
-  readonly transfer?: BlockTransfer;
-}
-
-/** @throws ClusterError INVALID_ARGUMENT for steps and submits that the runner does not take. */
-function checkSubmits({ runner, decodeStepsPerSubmit, submitsInFlight }: EngineOptions): void {
-  const check = (parameter: string, value: number, most: number) => {
-    if (Number.isInteger(value) && value >= 1 && value <= most) return;
-    throw new ClusterError("INVALID_ARGUMENT", `${parameter} is ${value}: it must be 1 to ${most}`, { parameter });
-  };
-  check("decodeStepsPerSubmit", decodeStepsPerSubmit, runner.limits.maxDecodeSteps);
-  check("submitsInFlight", submitsInFlight, runner.limits.maxStepsInFlight);
-}
 
 /**
  * Runs generation requests on one model runner: continuous batching, chunked prefill, prefix reuse, preemption.
@@ -91,18 +56,12 @@ export class Engine {
   readonly #reads: BlockReads;
   readonly #pipeline: EnginePipeline;
 
-  /** @throws ClusterError INVALID_ARGUMENT where the prefill budget does not hold one window. */
+  /** @throws ClusterError INVALID_ARGUMENT; see checkEngineOptions. */
   constructor(options: EngineOptions) {
     this.#options = options;
     this.runner = options.runner;
     const { kv, limits } = options.runner;
-    if (options.maxPrefillRows < kv.residualTokens || options.maxPrefillRows > limits.maxPrefillRows) {
-      throw new ClusterError(
-        "INVALID_ARGUMENT",
-        `maxPrefillRows is ${options.maxPrefillRows}: it must be between residualTokens, ${kv.residualTokens}, and ${limits.maxPrefillRows}`,
-      );
-    }
-    checkSubmits(options);
+    checkEngineOptions(options);
     this.#limits = {
       residualTokens: kv.residualTokens,
       blockTokens: kv.blockTokens,
@@ -117,7 +76,7 @@ export class Engine {
     this.#pool = new PagePool(limits.numPages);
     this.#reads = new BlockReads(this.#pool, options.runner, () => this.#signal.wake());
     this.#pipeline = new EnginePipeline(options.runner);
-    this.#table = new SequenceTable(this.#pool, kv, limits.maxSequences);
+    this.#table = new SequenceTable(this.#pool, kv, limits.maxSequences, this.#longest);
     if (options.transfer !== undefined) {
       this.#intake = new PrefixIntake({
         pool: this.#pool,
@@ -266,7 +225,7 @@ export class Engine {
   #startStep(): boolean {
     const planned = planStep({
       limits: { ...this.#limits, decodeSteps: this.#decodeSteps() },
-      running: this.#table.runningViews(this.#longest),
+      running: this.#table.runningViews(),
       waiting: this.#table.waitingViews(),
       availablePages: this.#pool.available,
       stepsSincePrefill: this.#stepsSincePrefill,

@@ -5,7 +5,8 @@ export {
   type Numerics,
   type WorkerConfig,
 } from "./config.ts";
-export { Engine, type EngineOptions } from "./engine.ts";
+export { Engine } from "./engine.ts";
+export type { EngineOptions } from "./engine-options.ts";
 export type { EngineStats } from "./engine-stats.ts";
 export {
   type FinishedEvent,

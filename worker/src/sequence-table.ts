@@ -3,6 +3,41 @@ import type { PagePool } from "./page-pool.ts";
 import { type RunningView, sealedPages, type WaitingView } from "./scheduler.ts";
 import type { Sequence } from "./sequence.ts";
 
+/** A running sequence as the scheduler sees it: always as it is now, made once. */
+class LiveView implements RunningView {
+  readonly id: string;
+  readonly #sequence: Sequence;
+  readonly #pool: PagePool;
+  readonly #longest: number;
+
+  constructor(sequence: Sequence, pool: PagePool, longest: number) {
+    this.id = sequence.id;
+    this.#sequence = sequence;
+    this.#pool = pool;
+    this.#longest = longest;
+  }
+
+  get computed(): number {
+    return this.#sequence.planned;
+  }
+
+  get prefillEnd(): number {
+    return this.#sequence.prefillEnd;
+  }
+
+  get decodeSteps(): number {
+    return this.#sequence.decodeSteps(this.#longest);
+  }
+
+  get pages(): number {
+    return this.#sequence.pages.length;
+  }
+
+  get ownPages(): number {
+    return this.#sequence.pages.filter((page) => this.#pool.references(page) === 1).length;
+  }
+}
+
 /** The engine's sequences, the slots and the pages they hold. Both lists are kept oldest first. */
 export class SequenceTable {
   readonly #pool: PagePool;
@@ -12,8 +47,13 @@ export class SequenceTable {
   readonly #byId = new Map<string, Sequence>();
   readonly #waiting: Sequence[] = [];
   readonly #running: Sequence[] = [];
+  /** Of `#running`, in its order. */
+  readonly #views: LiveView[] = [];
+  readonly #longest: number;
 
-  constructor(pool: PagePool, kv: KvGeometry, maxSequences: number) {
+  /** @param longest most tokens of a sequence. */
+  constructor(pool: PagePool, kv: KvGeometry, maxSequences: number, longest: number) {
+    this.#longest = longest;
     this.#pool = pool;
     this.#kv = kv;
     this.#maxSequences = maxSequences;
@@ -50,7 +90,8 @@ export class SequenceTable {
     const pages = ids.map((id) => this.#pool.acquire(id)!);
     sequence.admit(slot, pages);
     remove(this.#waiting, sequence);
-    insert(this.#running, sequence);
+    const index = insert(this.#running, sequence);
+    this.#views.splice(index, 0, new LiveView(sequence, this.#pool, this.#longest));
   }
 
   /** Sends a running sequence back to wait; its pages and slot are free. */
@@ -76,20 +117,8 @@ export class SequenceTable {
     }
   }
 
-  /** @param capacityTokens most tokens of a sequence. */
-  runningViews(capacityTokens: number): RunningView[] {
-    const pool = this.#pool;
-    return this.#running.map((sequence) => ({
-      id: sequence.id,
-      computed: sequence.planned,
-      prefillEnd: sequence.prefillEnd,
-      decodeSteps: sequence.decodeSteps(capacityTokens),
-      pages: sequence.pages.length,
-      // Asked for only where somebody has to make room.
-      get ownPages() {
-        return sequence.pages.filter((page) => pool.references(page) === 1).length;
-      },
-    }));
+  runningViews(): readonly RunningView[] {
+    return this.#views;
   }
 
   /** Those that could start now, looked up while they are walked. One that fetches blocks nobody else. */
@@ -139,19 +168,21 @@ export class SequenceTable {
 
   #letGo(sequence: Sequence): void {
     this.#freeSlots.push(sequence.slot);
-    remove(this.#running, sequence);
+    this.#views.splice(remove(this.#running, sequence), 1);
     this.#pool.release(sequence.preempt());
   }
 }
 
-function insert(list: Sequence[], sequence: Sequence): void {
+function insert(list: Sequence[], sequence: Sequence): number {
   // Most come last.
   let index = list.length;
   while (index > 0 && list[index - 1]!.arrival > sequence.arrival) index -= 1;
   list.splice(index, 0, sequence);
+  return index;
 }
 
-function remove(list: Sequence[], sequence: Sequence): void {
+function remove(list: Sequence[], sequence: Sequence): number {
   const index = list.indexOf(sequence);
   if (index >= 0) list.splice(index, 1);
+  return index;
 }

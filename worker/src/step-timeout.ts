@@ -12,8 +12,8 @@ export const stepTimeoutMs: Readonly<Record<DeviceProfile, number>> = { hardware
 export async function within<T>(step: Promise<T>, timeoutMs: number): Promise<T> {
   let timer: NodeJS.Timeout | undefined;
   const timeout = new Promise<never>((_, reject) => {
-    const lost = new ClusterError("DEVICE_LOST", `a step did not end within ${timeoutMs} ms`);
-    timer = setTimeout(reject, timeoutMs, lost);
+    const expire = () => reject(new ClusterError("DEVICE_LOST", `a step did not end within ${timeoutMs} ms`));
+    timer = setTimeout(expire, timeoutMs);
   });
   try {
     return await Promise.race([step, timeout]);

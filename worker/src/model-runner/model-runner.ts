@@ -69,7 +69,7 @@ export interface PrefillChunk {
 export interface DecodeRow {
   readonly slot: number;
   /** Left out: the token sampled last for this slot, which need not have been read yet. */
-  readonly token?: number;
+  readonly token?: number | undefined;
   readonly position: number;
   /** As in PrefillChunk; includes the pages of every window that is full after the plan's steps. */
   readonly pageTable: readonly number[];
