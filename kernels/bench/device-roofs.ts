@@ -84,8 +84,12 @@ async function matrixRoof(gpu: Gpu, plan: TimingPlan): Promise<number | undefine
   return (subgroups * MATRIX_STEPS * MATRIX_SIDE ** 2 * 2 * MATRIX_SIZE ** 3) / time / 1e9;
 }
 
+/** A chip that has idled takes most of a second to reach its clock again. */
+const FIRST_WARM_SECONDS = 1;
+
 /** Measures all of them; a few seconds. */
 export async function measureRoofs(gpu: Gpu, plan: TimingPlan): Promise<DeviceRoofs> {
+  if (plan.warmSeconds > 0) await multiplyAddRoof(gpu, { ...plan, warmSeconds: FIRST_WARM_SECONDS });
   return {
     readGb: await readRoof(gpu, plan),
     copyGb: await copyRoof(gpu, plan),
