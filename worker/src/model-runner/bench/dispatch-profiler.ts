@@ -14,6 +14,8 @@ export interface DispatchTime {
 export interface DispatchProfiler {
   /** Times since the last call, longest first; call it when the submitted work is done. */
   take(): Promise<DispatchTime[]>;
+  /** Gives the device its own encoders back. */
+  stop(): void;
 }
 
 type ImmediatePass = GPUComputePassEncoder & { setImmediates(offset: number, data: ArrayBufferView): void };
@@ -75,6 +77,8 @@ export function profileDispatches(device: GPUDevice): DispatchProfiler {
       beginComputePass: () => timedPass(encoder, querySet, labels) as GPUComputePassEncoder,
       copyBufferToBuffer: encoder.copyBufferToBuffer.bind(encoder),
       clearBuffer: encoder.clearBuffer.bind(encoder),
+      // A step's own stamps are of passes that are cut up here.
+      resolveQuerySet: () => undefined,
       finish: encoder.finish.bind(encoder),
     };
     return wrapped as GPUCommandEncoder;
@@ -90,6 +94,12 @@ export function profileDispatches(device: GPUDevice): DispatchProfiler {
       const stamps = new BigUint64Array(staging.getMappedRange(0, labels.length * 2 * STAMP_BYTES)).slice();
       staging.unmap();
       return sumByLabel(labels.splice(0), stamps);
+    },
+    stop() {
+      device.createCommandEncoder = create;
+      querySet.destroy();
+      resolved.destroy();
+      staging.destroy();
     },
   };
 }
