@@ -1,12 +1,10 @@
 /** `kivimesh bench throughput`: what one GPU makes of a pile of requests under one budget of memory. */
 import { DEFAULT_KV_FORMAT, KV_FORMAT_NAMES } from "@kivimesh/kernels";
-import { type EngineConfig, type LoadedModel, loadModel, type Numerics } from "@kivimesh/worker";
+import type { Numerics } from "@kivimesh/worker";
 import type { Command } from "commander";
 import { csv, writeBenchFiles } from "../bench/bench-files.ts";
-import { openSession } from "../bench/engine-session.ts";
-import { type Budgeted, budgetedConfig } from "../bench/memory-budget.ts";
-import { measureThroughput } from "../bench/throughput.ts";
 import { type FailedRow, type ThroughputRow, throughputCharts, throughputTable } from "../bench/throughput-report.ts";
+import { openChosenModel, runTrial, type Trial } from "../bench/throughput-trial.ts";
 import { type Workload, workload, workloadName } from "../bench/workload.ts";
 import {
   addEngineOptions,
@@ -32,8 +30,6 @@ interface ThroughputOptions extends ModelOptions, Omit<EngineOptions, "kvFormat"
 }
 
 const NUMERICS: readonly Numerics[] = ["invariant", "fast"];
-/** What an engine takes. */
-const MAX_SEQUENCES = 1024;
 const DEFAULT_WORKLOAD: Workload = { requests: 16, promptTokens: 161, outputTokens: 338 };
 
 const EXAMPLES = `
@@ -75,70 +71,10 @@ export function addThroughputBench(bench: Command, context: CommandContext): voi
     .action((options: ThroughputOptions) => runThroughputBench(options, context));
 }
 
-/** One engine: a workload, a KV format and a numerics mode. */
-interface Trial {
-  readonly workload: Workload;
-  readonly kvFormat: string;
-  readonly numerics: Numerics;
-}
-
 function trialsOf({ workload: workloads, kvFormat, numerics }: ThroughputOptions): Trial[] {
   return workloads.flatMap((each) =>
     kvFormat.flatMap((format) => numerics.map((mode) => ({ workload: each, kvFormat: format, numerics: mode }))),
   );
-}
-
-type Source = Awaited<ReturnType<typeof modelConfig>>;
-
-/** Sequences, context and pages of the engine that runs the workload. */
-async function trialConfig(trial: Trial, options: ThroughputOptions, source: Source): Promise<Partial<Budgeted>> {
-  const { requests, promptTokens, outputTokens } = trial.workload;
-  const { kvFormat: _formats, numerics: _modes, ...rest } = options;
-  const given: EngineConfig = {
-    ...engineConfig(rest),
-    ...source,
-    kvFormat: trial.kvFormat,
-    numerics: trial.numerics,
-    // Nobody waits for a next token here: every step takes what prefill there is.
-    decodeStepsPerPrefill: 0,
-  };
-  const tokensPerSequence = promptTokens + outputTokens;
-  const maxContextTokens = given.maxContextTokens ?? tokensPerSequence;
-  const wantedSequences = Math.min(given.maxSequences ?? MAX_SEQUENCES, requests);
-  if (options.memory === undefined) return { config: { ...given, maxContextTokens, maxSequences: wantedSequences } };
-  const model = await openModel(source);
-  try {
-    const budget = { budgetBytes: options.memory, wantedSequences, maxContextTokens, tokensPerSequence };
-    return await budgetedConfig({ model, config: given, ...budget });
-  } finally {
-    model.close();
-  }
-}
-
-async function runTrial(trial: Trial, options: ThroughputOptions, source: Source): Promise<ThroughputRow> {
-  const started = performance.now();
-  const { config = {}, plan } = await trialConfig(trial, options, source);
-  const session = await openSession(config);
-  const openSeconds = (performance.now() - started) / 1000;
-  try {
-    const result = await measureThroughput(session, trial.workload, options.seconds);
-    return {
-      device: session.runner.device.name,
-      model: source.modelName ?? session.model.name,
-      kvFormat: trial.kvFormat,
-      numerics: trial.numerics,
-      ...(options.memory === undefined ? {} : { memoryBytes: options.memory }),
-      ...(plan === undefined ? {} : { limitedBy: plan.limitedBy }),
-      openSeconds,
-      ...result,
-    };
-  } finally {
-    await session.close();
-  }
-}
-
-function openModel({ modelPath, dummyArchitecture = "" }: Source): Promise<LoadedModel> {
-  return loadModel(modelPath === undefined ? { dummy: dummyArchitecture } : { path: modelPath });
 }
 
 async function runThroughputBench(options: ThroughputOptions, context: CommandContext): Promise<void> {
@@ -149,10 +85,12 @@ async function runThroughputBench(options: ThroughputOptions, context: CommandCo
   }
   const source = await modelConfig(options);
   // A model that cannot be opened fails the command, not each of its rows.
-  (await openModel(source)).close();
+  (await openChosenModel(source)).close();
   const rows: (ThroughputRow | FailedRow)[] = [];
+  const { kvFormat: _formats, numerics: _modes, memory, seconds, ...rest } = options;
+  const engine = engineConfig(rest);
   for (const trial of trialsOf(options)) {
-    const row = await runTrial(trial, options, source).catch((error: unknown): FailedRow => {
+    const row = await runTrial(trial, { source, engine, memory, seconds }).catch((error: unknown): FailedRow => {
       const { kvFormat, numerics } = trial;
       const name = {
         model: source.modelName ?? options.model,
