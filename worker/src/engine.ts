@@ -11,6 +11,7 @@ import type { GenerationEvent, GenerationOutcome, GenerationRequest } from "./ge
 import type { ModelRunner, SampledToken } from "./model/index.ts";
 import { PagePool } from "./page-pool.ts";
 import { PrefixIntake } from "./prefix-intake.ts";
+import { examineQueued } from "./queued-sequences.ts";
 import { checkRequest } from "./request-check.ts";
 import { planStep, type SchedulerLimits, sealedPages } from "./scheduler.ts";
 import { Sequence, sequenceId } from "./sequence.ts";
@@ -205,7 +206,14 @@ export class Engine {
     this.#intake?.settle();
     this.#endWhatMustEnd();
     this.#reads.serve(this.#table.running.length > 0);
-    this.#examineQueued();
+    examineQueued({
+      table: this.#table,
+      pool: this.#pool,
+      intake: this.#intake,
+      atMost: this.#limits.maxSequences,
+      blockTokens: this.#limits.blockTokens,
+      prefillTokensPerSecond: this.#counters.prefillRate.value,
+    });
     const roomy = pipeline.length < this.#options.submitsInFlight;
     const started = roomy && this.#startStep();
     this.#report();
@@ -316,31 +324,6 @@ export class Engine {
       this.#events.push(firstLogits === undefined ? event : { ...event, firstLogits });
     }
     if (outcome !== undefined) this.#finish(sequence, outcome);
-  }
-
-  /** Sequences queued first are looked at first, few more than can run: their missing blocks are fetched meanwhile. */
-  #examineQueued(): void {
-    let examined = 0;
-    for (const sequence of this.#table.waiting) {
-      if (examined >= this.#limits.maxSequences) return;
-      examined += 1;
-      if (sequence.state !== "queued") continue;
-      const ids = sequence.shareableIds();
-      const missing = ids[this.#pool.match(ids).length];
-      // Somebody brings or computes the next block already: looking again then saves doing it twice.
-      if (missing !== undefined && (this.#intake?.fetching(missing) || this.#computing(missing))) continue;
-      const rate = this.#counters.prefillRate.value;
-      if (missing === undefined || !this.#intake?.start(sequence, rate)) sequence.state = "ready";
-    }
-  }
-
-  #computing(id: string): boolean {
-    const { blockTokens } = this.runner.kv;
-    return this.#table.running.some((sequence) => {
-      if (!sequence.prefilling) return false;
-      const shareable = sequence.chain.ids(sequence.tokens, sequence.shareableBlocks());
-      return shareable.indexOf(id, sequence.computed / blockTokens) >= 0;
-    });
   }
 
   #endWhatMustEnd(): void {

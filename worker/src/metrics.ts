@@ -133,6 +133,15 @@ function engineSeries({ stats }: MetricsSources, gauge: Define, counter: Define)
     "Cached pages given to others",
     one((now) => now.evictedPages),
   );
+  counter(
+    "kivimesh_engine_submits_total",
+    "Submits to the GPU; one may hold several decode steps",
+    one((now) => now.submits),
+  );
+  const submit = () => labelled("where", { ...stats().submitSeconds });
+  counter("kivimesh_engine_submit_seconds_total", "Seconds of submits: host, encode (part of host), gpu", submit, [
+    "where",
+  ]);
   const step = () => labelled("kind", { ...stats().stepSeconds });
   counter("kivimesh_engine_step_seconds_total", "Time spent in steps", step, ["kind"]);
   const source = () => labelled("source", { ...stats().promptTokensBySource });
