@@ -69,6 +69,7 @@ it("describes the model and the device that runs it", async () => {
     subgroups: expect.any(Boolean),
     subgroupSize: expect.any(Number),
     timestampQuery: expect.any(Boolean),
+    subgroupMatrix: expect.any(Boolean),
   });
   expect(client.failure).toBeUndefined();
 });
