@@ -9,16 +9,19 @@ import {
   SAMPLE_RESULT_BYTES,
   type SampleParameters,
   type SampleResult,
+  type SampleVariant,
   writeSampleParameters,
 } from "./sample.ts";
 import { assertNoPoison, createPoisoned } from "./testing/poison.ts";
 import { seededRandom } from "./testing/random.ts";
 
+const VARIANTS: readonly SampleVariant[] = ["rows", "slices"];
+
 const GREEDY: SampleParameters = { temperature: 0, topK: 0, topP: 1, seedLow: 0, seedHigh: 0, position: 0 };
 
-describe("sample", () => {
+describe.each(VARIANTS)("sample by %s", (variant) => {
   let gpu: Gpu;
-  const random = seededRandom("sample");
+  const random = seededRandom(`sample by ${variant}`);
   beforeAll(async () => {
     gpu = await openGpu({ unchecked: false });
   });
@@ -26,7 +29,7 @@ describe("sample", () => {
 
   async function run(logits: Float32Array, requests: readonly SampleParameters[]): Promise<SampleResult[]> {
     const rows = requests.length;
-    const sampler = await createSampler(gpu, { vocabulary: logits.length / rows, maxRows: rows });
+    const sampler = await createSampler(gpu, { vocabulary: logits.length / rows, maxRows: rows, variant });
     const view = new DataView(new ArrayBuffer(rows * SAMPLE_PARAMETER_BYTES));
     for (const [row, request] of requests.entries()) writeSampleParameters(view, row, request);
     const output = createPoisoned(gpu, "output", rows * SAMPLE_RESULT_BYTES);
@@ -204,11 +207,11 @@ describe("sample", () => {
   });
 
   test("refuses more rows than it was made for", async () => {
-    const sampler = await createSampler(gpu, { vocabulary: 8, maxRows: 1 });
+    const sampler = await createSampler(gpu, { vocabulary: 8, maxRows: 1, variant });
     const buffer = uploadStorage(gpu, "b", new Float32Array(64));
     const output = uploadStorage(gpu, "o", new Float32Array(64));
     const bound = sampler.bind({ logits: buffer, parameters: buffer, output });
     expect(() => submitPass(gpu, (pass) => bound.encode(pass, 2))).toThrow(/2 rows, must be 1 … 1/);
-    await expect(createSampler(gpu, { vocabulary: 0, maxRows: 1 })).rejects.toThrow(/vocabulary 0/);
+    await expect(createSampler(gpu, { vocabulary: 0, maxRows: 1, variant })).rejects.toThrow(/vocabulary 0/);
   });
 });

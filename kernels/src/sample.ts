@@ -13,6 +13,17 @@ import {
   samplePickWgsl,
   sampleScanWgsl,
 } from "./sample.wgsl.ts";
+import { type SamplePickTemplate, samplePickSlicesWgsl } from "./sample-pick.wgsl.ts";
+import {
+  type SampleSliceTemplate,
+  SLICE_IMMEDIATE_BYTES,
+  SLICE_PARTIAL_BYTES,
+  sampleSlices,
+  sampleSlicesWgsl,
+  sliceCount,
+  sliceImmediates,
+  subCount,
+} from "./sample-slices.wgsl.ts";
 
 /** Bytes of one row's parameters; see `writeSampleParameters`. */
 export const SAMPLE_PARAMETER_BYTES = 32;
@@ -82,17 +93,52 @@ export interface Sampler {
   bind(buffers: SamplerBuffers): BoundSampler;
 }
 
+/** `rows`: for software drivers, nearly all of a row's work in one small workgroup. `slices`: by subgroups, for GPUs. */
+export type SampleVariant = "rows" | "slices";
+
 export interface SamplerDescriptor {
   readonly vocabulary: number;
   readonly maxRows: number;
+  /** Overrides the choice by the device; for tests. */
+  readonly variant?: SampleVariant;
+}
+
+/** The variant for a device: slices need subgroups of one known size. */
+export function sampleVariant(gpu: Gpu): SampleVariant {
+  return gpu.profile === "hardware" && gpu.features.subgroups && fixedSubgroups(gpu) ? "slices" : "rows";
+}
+
+function fixedSubgroups(gpu: Gpu): boolean {
+  const info = gpu.device.adapterInfo as GPUAdapterInfo & { subgroupMinSize?: number; subgroupMaxSize?: number };
+  return info.subgroupMinSize === info.subgroupMaxSize && gpu.features.subgroupSize >= 8;
 }
 
 /** @throws RangeError for an empty vocabulary or `maxRows` outside 1 … 65535. */
-export async function createSampler(gpu: Gpu, { vocabulary, maxRows }: SamplerDescriptor): Promise<Sampler> {
+export async function createSampler(gpu: Gpu, descriptor: SamplerDescriptor): Promise<Sampler> {
+  const { vocabulary, maxRows, variant = sampleVariant(gpu) } = descriptor;
   if (!Number.isInteger(vocabulary) || vocabulary < 1) throw new RangeError(`sampler: vocabulary ${vocabulary}`);
   if (!Number.isInteger(maxRows) || maxRows < 1 || maxRows > 65535) {
     throw new RangeError(`sampler: maxRows ${maxRows}, must be 1 … 65535`);
   }
+  const bind = await (variant === "slices" ? bySlices : byRows)(gpu, vocabulary, maxRows);
+  return {
+    bind(buffers) {
+      const encode = bind(buffers);
+      return {
+        encode(pass, rows) {
+          if (!Number.isInteger(rows) || rows < 1 || rows > maxRows) {
+            throw new RangeError(`sampler: ${rows} rows, must be 1 … ${maxRows}`);
+          }
+          encode(pass, rows);
+        },
+      };
+    },
+  };
+}
+
+type BindSampler = (buffers: SamplerBuffers) => (pass: GPUComputePassEncoder, rows: number) => void;
+
+async function byRows(gpu: Gpu, vocabulary: number, maxRows: number): Promise<BindSampler> {
   const [scan, pick] = await Promise.all([
     cachedKernel(gpu, {
       label: "sample scan",
@@ -109,19 +155,54 @@ export async function createSampler(gpu: Gpu, { vocabulary, maxRows }: SamplerDe
   ]);
   const immediates = new Uint32Array([vocabulary, 2]);
   const partials = createStorage(gpu, "sample partials", maxRows * SAMPLE_SLICES * SAMPLE_PARTIAL_BYTES);
-  return {
-    bind({ logits, parameters, output }) {
-      const boundScan = scan.bind([logits, partials]);
-      const boundPick = pick.bind([logits, partials, parameters, output]);
-      return {
-        encode(pass, rows) {
-          if (!Number.isInteger(rows) || rows < 1 || rows > maxRows) {
-            throw new RangeError(`sampler: ${rows} rows, must be 1 … ${maxRows}`);
-          }
-          boundScan.encode(pass, immediates, [SAMPLE_SLICES, rows]);
-          boundPick.encode(pass, immediates, [rows]);
-        },
-      };
-    },
+  return ({ logits, parameters, output }) => {
+    const boundScan = scan.bind([logits, partials]);
+    const boundPick = pick.bind([logits, partials, parameters, output]);
+    return (pass, rows) => {
+      boundScan.encode(pass, immediates, [SAMPLE_SLICES, rows]);
+      boundPick.encode(pass, immediates, [rows]);
+    };
+  };
+}
+
+/** Most threads of the choice: more do not load faster. */
+const MOST_PICK_THREADS = 1024;
+
+function sliceTemplate(gpu: Gpu, vocabulary: number): SampleSliceTemplate & SamplePickTemplate {
+  const { maxComputeInvocationsPerWorkgroup: most, maxComputeWorkgroupSizeX: wide } = gpu.device.limits;
+  // A software driver, in tests, compiles and runs fewer threads much faster.
+  const threads = gpu.profile === "software" ? 64 : Math.min(MOST_PICK_THREADS, most, wide);
+  const sizes = gpu.profile === "software" ? "immediate" : "constant";
+  return { ...sampleSlices(vocabulary, gpu.features.subgroupSize, sizes), threads };
+}
+
+async function bySlices(gpu: Gpu, vocabulary: number, maxRows: number): Promise<BindSampler> {
+  const template = sliceTemplate(gpu, vocabulary);
+  const slices = sliceCount(template);
+  const immediateBytes = template.sizes === "immediate" ? SLICE_IMMEDIATE_BYTES : 0;
+  const immediates = immediateBytes > 0 ? sliceImmediates(template) : undefined;
+  const [scan, pick] = await Promise.all([
+    cachedKernel(gpu, {
+      label: `sample slices ${vocabulary}`,
+      code: sampleSlicesWgsl(template),
+      bindings: ["read", "read_write", "read_write", "read"],
+      immediateBytes,
+    }),
+    cachedKernel(gpu, {
+      label: `sample choice ${vocabulary}`,
+      code: samplePickSlicesWgsl(template),
+      bindings: ["read", "read", "read", "read", "read_write"],
+      immediateBytes,
+    }),
+  ]);
+  const partials = createStorage(gpu, "sample partials", maxRows * slices * SLICE_PARTIAL_BYTES);
+  const subs = createStorage(gpu, "sample best keys", maxRows * subCount(template) * 4);
+  return ({ logits, parameters, output }) => {
+    const boundScan = scan.bind([logits, partials, subs, parameters]);
+    const boundPick = pick.bind([logits, partials, subs, parameters, output]);
+    return (pass, rows) => {
+      boundScan.encode(pass, immediates, [slices, rows]);
+      boundPick.encode(pass, immediates, [rows]);
+    };
   };
 }

@@ -13,9 +13,7 @@ export const SAMPLE_PARTIAL_BYTES = 16;
  * Keys are u32 in the order of the f32 values; both zeros have one key. NaN and infinities count as absent.
  * A key of 0 is never made by a number: it is the key of "nothing".
  */
-const KEYS = `
-struct Parameters { vocabulary: u32, stages: u32 }
-var<immediate> parameters: Parameters;
+export const SAMPLE_KEYS_WGSL = `
 fn isFiniteBits(bits: u32) -> bool { return (bits & 0x7f800000u) != 0x7f800000u; }
 fn keyOf(bits: u32) -> u32 {
   if (bits == 0x80000000u) { return 0x80000000u; }
@@ -24,6 +22,12 @@ fn keyOf(bits: u32) -> u32 {
 fn valueOf(key: u32) -> f32 {
   return bitcast<f32>(select(~key, key & 0x7fffffffu, (key & 0x80000000u) != 0u));
 }
+`;
+
+const KEYS = `
+struct Parameters { vocabulary: u32, stages: u32 }
+var<immediate> parameters: Parameters;
+${SAMPLE_KEYS_WGSL}
 struct Partial { key: u32, index: u32, sum: f32, nonFinite: u32 }
 `;
 
@@ -83,7 +87,7 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) la
  * Integer helpers of the choice. Probabilities become 31-bit masses (mass = floor(p · 2³¹)): sums of integers do not
  * depend on their order, so the threshold search by histogram and the inverse CDF are exact and repeatable.
  */
-const CHOICE = `
+export const SAMPLE_CHOICE_WGSL = `
 struct Request { temperature: f32, topK: u32, topP: f32, seedLow: u32, seedHigh: u32, position: u32, reserved0: u32, reserved1: u32 }
 struct Answer { token: u32, logprob: f32, nonFinite: u32, reserved: u32 }
 
@@ -249,7 +253,7 @@ fn draw(row: u32, lane: u32, kept: Threshold, weighting: Weighting, random: u32)
 export function samplePickWgsl(): string {
   return `requires immediate_address_space;
 ${KEYS}
-${CHOICE}
+${SAMPLE_CHOICE_WGSL}
 @group(0) @binding(0) var<storage, read> logits: array<u32>;
 @group(0) @binding(1) var<storage, read> partials: array<Partial>;
 @group(0) @binding(2) var<storage, read> requests: array<Request>;
