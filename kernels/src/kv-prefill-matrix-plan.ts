@@ -103,7 +103,7 @@ export function prefillMatrixMemory(template: PrefillMatrixTemplate): number {
   const s = prefillMatrixSizes(template);
   const queries = template.plan.queries === "shared" ? s.queries * s.rowVectors : 0;
   const vectors = 2 * KEY_TILE * s.rowVectors + queries + s.queries * s.weightVectors + boardLength(s);
-  return vectors * 16 + s.threads * 4 + 16;
+  return vectors * 16;
 }
 
 /** vec4s of the array that holds logits, and f32 rows of one group of queries. */

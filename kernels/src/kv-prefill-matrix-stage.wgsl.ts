@@ -48,11 +48,39 @@ const mask = (bits: KvBits) => `0x${((2 ** bits - 1) * 0x10001).toString(16).pad
 /** Text: word `index` (text) of the pages, which are bound as vec4s. */
 const word = (index: string) => `pages[(${index}) >> 2u][(${index}) & 3u]`;
 
-/** Rounds in which all threads take tasks 0 ... count - 1: task `${name}j` is thread + j * threads, kept in range. */
-function tasks(template: PrefillMatrixTemplate, name: string, count: number) {
+interface Tasks {
+  readonly rounds: number;
+  readonly declarations: string;
+  /** Text: `body` where round j has a task. */
+  guard(j: number, body: string): string;
+  /** What the rounds do together. */
+  staging(parts: Staging): Staging;
+}
+
+/**
+ * Rounds in which all threads take tasks 0 ... count - 1: task `${name}j` is thread + j * threads, kept in range. Software
+ * drivers get a loop of one round, where loads need not be early: they compile that sooner.
+ */
+function tasks(template: PrefillMatrixTemplate, name: string, count: number): Tasks {
   const { threads } = prefillMatrixSizes(template);
   const rounds = Math.ceil(count / threads);
   const exact = count % threads === 0;
+  if (template.dialect === "emulated" && template.plan.loads === "late" && rounds > 1) {
+    return {
+      rounds: 1,
+      declarations: "",
+      guard: (_, body) => `if (thread + round * ${threads}u < ${count}u) { ${body} }`,
+      staging: ({ declarations, loads, stores }) => ({
+        declarations: "",
+        loads: "",
+        stores: `for (var round = 0u; round < ${rounds}u * params.one; round++) {
+    let ${name}0 = min(thread + round * ${threads}u, ${count - 1}u);
+${declarations}
+${loads}
+${stores} }`,
+      }),
+    };
+  }
   const declarations = each(rounds, (j) => {
     const at = `(thread + ${j * threads}u)`;
     return `  let ${name}${j} = ${exact ? at : `min(${at}, ${count - 1}u)`};`;
@@ -60,8 +88,8 @@ function tasks(template: PrefillMatrixTemplate, name: string, count: number) {
   return {
     rounds,
     declarations,
-    /** Text: `body` where round j has a task. */
-    guard: (j: number, body: string) => (exact ? body : `if (thread + ${j * threads}u < ${count}u) { ${body} }`),
+    guard: (j, body) => (exact ? body : `if (thread + ${j * threads}u < ${count}u) { ${body} }`),
+    staging: (parts) => parts,
   };
 }
 
@@ -130,13 +158,13 @@ function packedKeys(template: PrefillMatrixTemplate, base: string, bits: 2 | 4):
       ${write.join("\n      ")} }`,
     );
   };
-  return {
+  return task.staging({
     declarations: `${task.declarations}
 ${each(sets, (set) => each(metaVectors, (k) => `  var keyMeta${set}_${k} = ${ZERO};`, ""))}
 ${each(task.rounds, (j) => `  var key${j} = 0u; ${format.rotated ? `var norm${j} = 0u;` : ""}`)}`,
     loads: `${metaLoads}\n${each(task.rounds, load)}`,
     stores: `${pairs}\n    ${each(task.rounds, store)}`,
-  };
+  });
 }
 
 /** f16 keys of a page: columns of four words are vec4s, [column][token]. */
@@ -145,7 +173,7 @@ function halfPageKeys(template: PrefillMatrixTemplate, base: string): Staging {
   const { keyCodes } = kvPageLayout(template.format, template.shape);
   const columns = d / 8;
   const task = tasks(template, "keyTask", KEY_TILE * columns);
-  return {
+  return task.staging({
     declarations: `${task.declarations}\n${each(task.rounds, (j) => `  var key${j} = ${ZERO};`)}`,
     loads: each(
       task.rounds,
@@ -158,7 +186,7 @@ function halfPageKeys(template: PrefillMatrixTemplate, base: string): Staging {
         `kv[${base} + (keyTask${j} / ${columns}u) * ${rowVectors}u + keyTask${j} % ${columns}u] = key${j};`,
       ),
     ),
-  };
+  });
 }
 
 /** A group of sealed values; names as in {@link sealedKeys}, with `value` for `key`. */
@@ -187,11 +215,11 @@ function packedValues(template: PrefillMatrixTemplate, base: string, bits: 2 | 4
       ${write.join("\n      ")} }`,
     );
   };
-  return {
+  return task.staging({
     declarations: `${task.declarations}\n${each(task.rounds, (j) => `  var value${j} = 0u; var valueMeta${j} = 0u;`)}`,
     loads: each(task.rounds, load),
     stores: `    ${each(task.rounds, store)}`,
-  };
+  });
 }
 
 /** f16 values of a page: the same word of four tokens lies side by side, so four vec4s are four words of four tokens. */
@@ -213,11 +241,11 @@ function halfPageValues(template: PrefillMatrixTemplate, base: string): Staging 
         `kv[${base} + ((valueTask${j} / ${columns}u) * 4u + ${t}u) * ${rowVectors}u + valueTask${j} % ${columns}u] = vec4<u32>(${each(4, (k) => `value${j}_${k}.${VECTOR[t]}`, ", ")});`,
       "\n    ",
     );
-  return {
+  return task.staging({
     declarations: `${task.declarations}\n${each(task.rounds, (j) => each(4, (k) => `  var value${j}_${k} = ${ZERO};`, ""))}`,
     loads: each(task.rounds, load),
     stores: each(task.rounds, (j) => task.guard(j, store(j))),
-  };
+  });
 }
 
 /**
@@ -248,9 +276,9 @@ export function windowRows(template: PrefillMatrixTemplate, side: "key" | "value
     const second = pairs([`${a}.z`, `${a}.w`], [`${b}.z`, `${b}.w`]);
     return task.guard(j, `kv[${at}] = ${first}; kv[${at} + ${columns}u] = ${second};`);
   };
-  return {
+  return task.staging({
     declarations: `${task.declarations}\n${each(task.rounds, (j) => each(vectors, (k) => `  var ${name(j, k)} = ${ZERO};`, ""))}`,
     loads: each(task.rounds, load),
     stores: `    ${each(task.rounds, store)}`,
-  };
+  });
 }

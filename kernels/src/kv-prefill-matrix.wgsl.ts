@@ -143,37 +143,39 @@ function products(context: Context): string {
   );
 }
 
-/** Weights of a tile of logits; leaves `factor`, by which this query's output must be scaled, and `rescue`. */
-function softmax({ s }: Context, masked: boolean): string {
+/** Weights of a tile of logits; leaves `factor`, by which this query's output must be scaled. */
+function softmax(context: Context, masked: boolean): string {
+  const { s } = context;
   const vectors = KEY_TILE / 4;
   const own = vectors / s.rowThreads;
   const load = (name: string, at: string) =>
     masked
-      ? `let seen${name} = vec4<u32>(windowFirst) + vec4<u32>(0u, 1u, 2u, 3u) + 4u * (${at}) <= vec4<u32>(see); let ${name} = select(vec4f(${SENTINEL}), board[logitRow + ${at}], seen${name});`
+      ? `let seen${name} = vec4<u32>(firstToken + 4u * (${at})) + vec4<u32>(0u, 1u, 2u, 3u) <= vec4<u32>(see); let ${name} = select(vec4f(${SENTINEL}), board[logitRow + ${at}], seen${name});`
       : `let ${name} = board[logitRow + ${at}];`;
   const weight = (name: string) =>
     masked ? `select(vec4f(0.0), exp2(${name} - top), seen${name})` : `exp2(${name} - top)`;
   return `{
     var most = vec4f(${SENTINEL});
-    ${each(vectors, (j) => `{ ${load("x", `${j}u`)} most = max(most, x); }`, "\n    ")}
+    ${loop(context, "j", vectors, (j) => `${load("x", j)} most = max(most, x);`)}
     let best = max(max(most.x, most.y), max(most.z, most.w));
     factor = 1.0;
     if (best > top + ${HEADROOM}) {
       factor = exp2(top - best);
       top = best;
       total *= factor;
-      if (total > 0.0) { rescue = 1u; }
+      if (total > 0.0) { kv[${s.d / 8}u].x = 1u; }
     }
-    ${each(
+    ${loop(
+      context,
+      "j",
       own / 2,
-      (j) => `{
-      let first = part * ${own}u + ${2 * j}u;
+      (j) => `
+      let first = part * ${own}u + 2u * ${j};
       ${load("x", "first")} ${load("y", "first + 1u")}
       let p = ${weight("x")}; let q = ${weight("y")};
       total += ((p.x + p.y) + (p.z + p.w)) + ((q.x + q.y) + (q.z + q.w));
-      weights[weightRow + part * ${own / 2}u + ${j}u] = vec4<u32>(pack2x16float(p.xy), pack2x16float(p.zw), pack2x16float(q.xy), pack2x16float(q.zw));
-    }`,
-      "\n    ",
+      weights[weightRow + part * ${own / 2}u + ${j}] = vec4<u32>(pack2x16float(p.xy), pack2x16float(p.zw), pack2x16float(q.xy), pack2x16float(q.zw));
+    `,
     )}
   }`;
 }
@@ -201,7 +203,7 @@ function rescueText(context: Context): string {
         ),
       " ",
     );
-  return `if (thread == 0u) { rescue = 0u; }
+  return `if (thread == 0u) { kv[${s.d / 8}u].x = 0u; }
     ${each(
       rounds,
       (
@@ -216,75 +218,90 @@ function rescueText(context: Context): string {
     workgroupBarrier();`;
 }
 
-/** Statements before a tile's loads: where its page or rows lie. */
-type Locate = (tile: string) => string;
-
-/** What the loop over tiles of one kind (sealed, or the window's) needs to know. */
-interface TileLoop {
-  readonly count: string;
-  readonly masked: boolean;
-  readonly locateKeys: Locate;
-  readonly keys: Staging;
-  readonly locateValues: Locate;
-  readonly values: Staging;
+/** Text that stages the values of one tile and the keys of the next: sealed in the first phase, the window's in the second. */
+function staging({ template, s }: Context) {
+  const { format, shape } = template;
+  const layout = kvPageLayout(format, shape);
+  const groups = shape.blockTokens / KEY_TILE;
+  const values = `${KEY_TILE * s.rowVectors}u`;
+  const sealed = [sealedKeys(template, "0u"), sealedValues(template, values)];
+  const window = [windowRows(template, "key", "0u"), windowRows(template, "value", values)];
+  const page = (side: "key" | "value") =>
+    `let ${side}Start = pageTable[tile.w * ${template.maxPages}u + ${side}Tile / ${groups}u] * ${layout.page}u;
+    let ${side}Page = ${side}Start + kvHead * ${layout.head}u; let ${side}Group = ${side}Tile % ${groups}u;`;
+  const locateSealed = `${page("key")} ${page("value")} ${format.rotated ? `let keyNorms = keyStart + ${layout.norms}u;` : ""}`;
+  const locateWindow = `let keyFirst = keyTile * ${KEY_TILE}u; let valueFirst = valueTile * ${KEY_TILE}u;`;
+  const join = (parts: readonly Staging[], of: keyof Staging) => parts.map((part) => part[of]).join("\n");
+  const tiles = (valueTile: string, keyTile: string) =>
+    `let keyTile = min(${keyTile}, count - 1u); let valueTile = min(${valueTile}, count - 1u);`;
+  return {
+    declarations: join([...sealed, ...window], "declarations"),
+    load: (valueTile: string, keyTile: string) => `{ ${tiles(valueTile, keyTile)}
+    if (isSealed) { ${locateSealed}
+${join(sealed, "loads")}
+    } else { ${locateWindow}
+${join(window, "loads")}
+    } }`,
+    store: `if (isSealed) {
+${join(sealed, "stores")}
+    } else {
+${join(window, "stores")}
+    }`,
+    loadAndStore: (valueTile: string, keyTile: string) => `{ ${tiles(valueTile, keyTile)}
+    if (isSealed) { ${locateSealed}
+${join(sealed, "loads")}
+${join(sealed, "stores")}
+    } else { ${locateWindow}
+${join(window, "loads")}
+${join(window, "stores")}
+    } }`,
+  };
 }
 
-/** Step t: softmax of tile t - 1 beside the staging of its values and of the keys of t; then both products. */
-function tileLoop(context: Context, { count, masked, locateKeys, keys, locateValues, values }: TileLoop): string {
-  const { loads: when } = context.template.plan;
-  const load = (valueTile: string, keyTile: string) => `{
-    ${locateKeys(`min(${keyTile}, ${count} - 1u)`)}
-${keys.loads}
-    ${locateValues(`min(${valueTile}, ${count} - 1u)`)}
-${values.loads}
-    }`;
-  const own = load("max(t, 1u) - 1u", "t");
-  return `${keys.declarations}
-${values.declarations}
-  ${when === "early" ? load("0u", "0u") : ""}
-  for (var t = 0u; t <= ${count}; t++) {
+/**
+ * The loop over tiles of a phase. Step t: softmax of tile t - 1 beside the staging of its values and of the keys of t;
+ * then both products.
+ */
+function tileLoop(context: Context): string {
+  const { plan, dialect } = context.template;
+  const { declarations, load, store, loadAndStore } = staging(context);
+  const tiles = ["max(t, 1u) - 1u", "t"] as const;
+  // Software drivers compile one text faster than two; a device need not mask what all queries see.
+  const weights =
+    dialect === "device"
+      ? `if (isSealed) ${softmax(context, false)} else ${softmax(context, true)}`
+      : softmax(context, true);
+  return `${declarations}
+    ${plan.loads === "early" ? load("0u", "0u") : ""}
+    for (var t = 0u; t <= count; t++) {
     workgroupBarrier();
-    ${when === "middle" ? own : ""}
+    ${plan.loads === "middle" ? load(...tiles) : ""}
     if (t > 0u) {
-    ${masked ? `let windowFirst = (t - 1u) * ${KEY_TILE}u;` : ""}
+    let firstToken = (t - 1u) * ${KEY_TILE}u;
     // softmax
-    ${softmax(context, masked)}
+    ${weights}
     // weights are there
     }
-    ${when === "late" ? own : ""}
     // staging
-    {
-    ${keys.stores}
-    ${values.stores}
-    }
+    ${plan.loads === "late" ? loadAndStore(...tiles) : store}
     // staged
-    if (workgroupUniformLoad(&rescue) != 0u) {
+    if (workgroupUniformLoad(&kv[${context.s.d / 8}u]).x != 0u) {
     ${rescueText(context)}
     }
-    ${when === "early" ? load("t", "t + 1u") : ""}
+    ${plan.loads === "early" ? load("t", "t + 1u") : ""}
     if (t > 0u) {
     ${products(context)}
     }
-    if (t < ${count}) ${logits(context)}
-  }`;
+    if (t < count) ${logits(context)}
+    }`;
 }
 
 /** Queries as f16 rows, in rounds of a subgroup's rows: to `queries`, or through `kv` into registers. */
-function loadQueries({ template, s, dialect, registers }: Context, rotated: boolean): string {
+function loadQueries({ template, s, dialect, registers }: Context): string {
   const { rowBlocks } = template.plan;
-  const bits = template.format.keyBits;
-  const target = registers ? "kv[q * " : "queries[(g * GROUP + q) * ";
-  const write = `${target.replace("GROUP", `${s.groupRows}u`)}${s.rowVectors}u + v]`;
-  const value = (i: number | string) => `query(g * ${s.groupRows}u + q, ${channelAt(bits, s.d, `(v * 8u + ${i}u)`)})`;
-  const packed = rotated
-    ? `let x = board[q * ${s.boardVectors}u + 2u * v]; let y = board[q * ${s.boardVectors}u + 2u * v + 1u];
-      ${write} = vec4<u32>(halves(x.xy), halves(x.zw), halves(y.xy), halves(y.zw));`
-    : `${write} = vec4<u32>(${each(4, (k) => `halves(vec2f(${value(2 * k)}, ${value(2 * k + 1)}))`, ", ")});`;
-  const rotation = `for (var i = thread; i < ${(s.groupRows * s.d) / 4}u * params.one; i += ${s.threads}u) {
-      let q = i / ${s.d / 4}u; let v = i % ${s.d / 4}u;
-      board[q * ${s.boardVectors}u + v] = vec4f(${each(4, (k) => `query(g * ${s.groupRows}u + q, ${channelAt(bits, s.d, `(v * 4u + ${k}u)`)})`, ", ")});
-    }
-    rotateRows(thread);`;
+  const target = registers ? "kv[q" : `queries[(g * ${s.groupRows}u + q)`;
+  const value = (k: number) =>
+    `query(g * ${s.groupRows}u + q, ${channelAt(template.format.keyBits, s.d, `(v * 4u + ${k}u)`)})`;
   const take = `workgroupBarrier();
     if (rowGroup == g) {
     ${each(rowBlocks, (r) =>
@@ -304,10 +321,16 @@ function loadQueries({ template, s, dialect, registers }: Context, rotated: bool
     }`;
   return `for (var g = 0u; g < ${s.rowGroups}u * params.one; g++) {
     workgroupBarrier();
-    ${rotated ? rotation : ""}
+    for (var i = thread; i < ${(s.groupRows * s.d) / 4}u * params.one; i += ${s.threads}u) {
+      let q = i / ${s.d / 4}u; let v = i % ${s.d / 4}u;
+      board[q * ${s.boardVectors}u + v] = vec4f(${each(4, value, ", ")});
+    }
+    ${template.format.rotated ? "if (isSealed) { rotateRows(thread); }" : ""}
+    workgroupBarrier();
     for (var i = thread; i < ${(s.groupRows * s.d) / 8}u * params.one; i += ${s.threads}u) {
       let q = i / ${s.d / 8}u; let v = i % ${s.d / 8}u;
-      ${packed}
+      let x = board[q * ${s.boardVectors}u + 2u * v]; let y = board[q * ${s.boardVectors}u + 2u * v + 1u];
+      ${target} * ${s.rowVectors}u + v] = vec4<u32>(halves(x.xy), halves(x.zw), halves(y.xy), halves(y.zw));
     }
     ${registers ? take : ""}
   }
@@ -371,7 +394,8 @@ function writeOutput(context: Context): string {
   const write = half
     ? `output[at] = pack2x16float(clamp(vec2f(${element("(2u * c)")}, ${element("(2u * c + 1u)")}), vec2f(-65504.0), vec2f(65504.0)));`
     : `output[at] = ${element("c")};`;
-  return `totals[thread] = total;
+  return `workgroupBarrier();
+  weights[thread >> 2u][thread & 3u] = bitcast<u32>(total);
   ${eachOutput(
     context,
     `workgroupBarrier();
@@ -380,7 +404,7 @@ function writeOutput(context: Context): string {
       let m = g * ${s.groupRows}u + q;
       let row = m % ${tileRows}u;
       if (row < tile.y) {
-        let scale = 1.0 / (${each(s.rowThreads, (p) => `totals[m * ${s.rowThreads}u + ${p}u]`, " + ")});
+        let scale = 1.0 / (${each(s.rowThreads, (p) => `totalOf(m * ${s.rowThreads}u + ${p}u)`, " + ")});
         let at = ((tile.x + row) * ${template.heads}u + firstHead + m / ${tileRows}u) * ${width}u + c;
         ${write}
       }
@@ -400,16 +424,15 @@ function declarations({ template, s, registers }: Context): string {
 // one is 1: loops that the compiler must not unroll multiply their bound by it.
 struct Step { one: u32, unused: u32 }
 var<immediate> params: Step;
-/** Keys, then values. */
+/** Keys, then values. The first row's padding says (in x) that a query's output must be scaled. */
 var<workgroup> kv: array<vec4<u32>, ${2 * KEY_TILE * s.rowVectors}>;
 ${registers ? "" : `var<workgroup> queries: array<vec4<u32>, ${s.queries * s.rowVectors}>;`}
 var<workgroup> weights: array<vec4<u32>, ${s.queries * s.weightVectors}>;
 var<workgroup> board: array<vec4f, ${boardLength(s)}>;
-var<workgroup> totals: array<f32, ${s.threads}>;
-var<workgroup> rescue: u32;
 var<private> firstRow: u32;
 var<private> lastRow: u32;
 var<private> firstHead: u32;
+fn totalOf(thread: u32) -> f32 { return bitcast<f32>(weights[thread >> 2u][thread & 3u]); }
 fn halves(x: vec2f) -> u32 { return pack2x16float(clamp(x, vec2f(-65504.0), vec2f(65504.0))); }
 /** Query m of the workgroup, with the factor of the logits, in powers of two. */
 fn query(m: u32, channel: u32) -> f32 {
@@ -420,45 +443,18 @@ ${stagingFunctions(template)}
 ${template.format.rotated ? rotateRows(s) : ""}`;
 }
 
-function sealedPart(context: Context): string {
-  const { template } = context;
-  const { format, shape } = template;
-  const layout = kvPageLayout(format, shape);
-  const groups = shape.blockTokens / KEY_TILE;
-  const page = (side: "key" | "value") => (tile: string) =>
-    `let ${side}Tile = ${tile}; let ${side}Start = pageTable[tile.w * ${template.maxPages}u + ${side}Tile / ${groups}u] * ${layout.page}u;
-    let ${side}Page = ${side}Start + kvHead * ${layout.head}u; let ${side}Group = ${side}Tile % ${groups}u; ${side === "key" && format.rotated ? `let keyNorms = keyStart + ${layout.norms}u;` : ""}`;
-  const { rowVectors } = context.s;
-  return `  if (sealed > 0u) {
-  ${loadQueries(context, format.rotated)}
-  let count = sealed / ${KEY_TILE}u;
-  ${tileLoop(context, {
-    count: "count",
-    masked: false,
-    locateKeys: page("key"),
-    keys: sealedKeys(template, "0u"),
-    locateValues: page("value"),
-    values: sealedValues(template, `${KEY_TILE * rowVectors}u`),
-  })}
-  ${format.rotated ? unrotate(context) : ""}
-  }`;
-}
-
-function windowPart(context: Context): string {
+/** Sealed tokens in the first phase, the window's in the second. */
+function phases(context: Context): string {
   const { template, s } = context;
-  return `  {
-  ${loadQueries(context, false)}
-  let last = inWindow + tile.y - 1u;
-  let count = last / ${KEY_TILE}u + 1u;
-  let halfBase = (firstRow - inWindow) * ${(template.shape.kvHeads * s.d) / 4}u + kvHead * ${s.d / 8}u;
-  ${tileLoop(context, {
-    count: "count",
-    masked: true,
-    locateKeys: (tile) => `let keyFirst = (${tile}) * ${KEY_TILE}u;`,
-    keys: windowRows(template, "key", "0u"),
-    locateValues: (tile) => `let valueFirst = (${tile}) * ${KEY_TILE}u;`,
-    values: windowRows(template, "value", `${KEY_TILE * s.rowVectors}u`),
-  })}
+  return `  for (var phase = 0u; phase < 2u * params.one; phase++) {
+    let isSealed = phase == 0u;
+    let count = select(last / ${KEY_TILE}u + 1u, sealed / ${KEY_TILE}u, isSealed);
+    let see = select(inWindow + (thread / ${s.rowThreads}u) % ${template.plan.tileRows}u, 0xffffffffu, isSealed);
+    if (count > 0u) {
+${loadQueries(context)}
+${tileLoop(context)}
+    ${template.format.rotated ? `if (isSealed) { ${unrotate(context)} }` : ""}
+    }
   }`;
 }
 
@@ -497,15 +493,15 @@ export function prefillMatrixWgsl(template: PrefillMatrixTemplate): string {
   let part = thread % ${s.rowThreads}u;
   let logitRow = (thread / ${s.rowThreads}u) * ${s.logitVectors}u;
   let weightRow = (thread / ${s.rowThreads}u) * ${s.weightVectors}u;
-  let see = inWindow + (thread / ${s.rowThreads}u) % ${plan.tileRows}u;
-  if (thread == 0u) { rescue = 0u; }
+  let last = inWindow + tile.y - 1u;
+  let halfBase = (firstRow - inWindow) * ${(shape.kvHeads * s.d) / 4}u + kvHead * ${s.d / 8}u;
+  if (thread == 0u) { kv[${s.d / 8}u].x = 0u; }
   var top = ${SENTINEL};
   var total = 0.0;
   var factor = 1.0;
 ${outputs}
 ${matrices}
-${sealedPart(context)}
-${windowPart(context)}
+${phases(context)}
 ${writeOutput(context)}
 }`;
   return `${dialect.directives}

@@ -19,6 +19,8 @@ export interface PrefillAttentionOptions {
   readonly seed: number;
   /** Deviation of q: 1 gives logits of about the keys' own size. */
   readonly queryDeviation?: number;
+  /** Pages of a row of the page table. Default: as many as the longest chunk needs. */
+  readonly maxPages?: number;
   /** Seed of each chunk's sequence, so that equal ones have equal tokens. Default: its slot. */
   readonly names?: readonly number[];
 }
@@ -86,7 +88,9 @@ export class PrefillAttentionSetup {
     this.#qkvData = new Float32Array(this.rows * width);
     this.#rowData = new Uint16Array(this.rows * 2 * kvHeads * headDim);
     const slots = 1 + chunks.reduce((most, { slot }) => Math.max(most, slot), 0);
-    this.maxPages = Math.max(...chunks.map(({ position, tokens }) => Math.ceil((position + tokens) / blockTokens)));
+    this.maxPages =
+      options.maxPages ??
+      Math.max(...chunks.map(({ position, tokens }) => Math.ceil((position + tokens) / blockTokens)));
     this.#table = new Uint32Array(slots * this.maxPages).fill(0xffff);
     let row = 0;
     const order = new Random(seed + 1);
@@ -129,10 +133,10 @@ export class PrefillAttentionSetup {
       shape,
       maxRows: this.rows,
       maxDecodeRows: 1,
+      maxDecodeSteps: 1,
       maxSlots: 1 + Math.max(...chunks.map(({ slot }) => slot)),
       maxPositions: 1 << 24,
       tileRows,
-      splitTokens: 256,
     });
     const { tiles: count } = tables.fillPrefill(chunks);
     const buffer = uploadStorage(this.#gpu, "tiles", tables.prefillTiles.subarray(0, count * TILE_WORDS));
