@@ -26,6 +26,8 @@ export interface Gpu {
   readonly name: string;
   readonly profile: DeviceProfile;
   readonly features: GpuFeatures;
+  /** Variants that the self-test refused; their features are off. */
+  readonly fallbacks?: readonly { readonly variant: string; readonly reason: string }[];
   /** Resolves with the reason if the device is lost; the process should then exit and be restarted. */
   readonly lost: Promise<string>;
   /** Waits for queued work, then destroys the device. */

@@ -81,6 +81,14 @@ export {
   type SamplerBuffers,
   writeSampleParameters,
 } from "./sample.ts";
+export {
+  type CheckedFeature,
+  KERNEL_CHECKS,
+  type KernelCheck,
+  type KernelFallback,
+  type SelfTestOptions,
+  selfTest,
+} from "./self-test.ts";
 export { type BoundSiluMul, createSiluMul, type SiluMul, type SiluMulBuffers } from "./silu-mul.ts";
 export {
   type BoundTokenLoad,
