@@ -16,6 +16,7 @@ export {
   type KernelDescriptor,
   MAX_IMMEDIATE_BYTES,
 } from "./kernel.ts";
+export type { DecodeVariant } from "./kv-decode.ts";
 // --- kv: formats, page layout, rope, sealing, attention
 export {
   DEFAULT_KV_FORMAT,
@@ -40,7 +41,15 @@ export {
 } from "./kv-kernels.ts";
 export { bitsPerElement, blockBytes, type KvPageLayout, kvPageLayout, pageBytes } from "./kv-layout.ts";
 export { decodePage, encodePage, type KvPageValues, type QuantizedGroup, quantizeGroup } from "./kv-page.ts";
-export type { DecodePlan, DecodeRow, PrefillChunk, PrefillPlan, SealPlan, SealWindow } from "./kv-steps.ts";
+export type {
+  DecodePlan,
+  DecodeRow,
+  DecodeStepPlan,
+  PrefillChunk,
+  PrefillPlan,
+  SealPlan,
+  SealWindow,
+} from "./kv-steps.ts";
 export { buildRopeTable, type RopeScaling, type RopeTableOptions, ropeFrequencies } from "./rope-table.ts";
 // --- end kv
 

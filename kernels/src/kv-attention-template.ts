@@ -1,4 +1,5 @@
 /** What the attention kernels are generated from: lanes, shapes, and small helpers for generated text. */
+import type { ActivationOutput } from "./half-output.wgsl.ts";
 import type { KvFormat, KvShape } from "./kv-format.ts";
 
 /** Sealed tokens of one decode split: fixed positions of the sequence. */
@@ -25,6 +26,7 @@ export interface AttentionTemplate {
   readonly tileRows: number;
   /** Factor of the logits. */
   readonly scale: number;
+  readonly output: ActivationOutput;
 }
 
 /** The entry points. */

@@ -11,6 +11,7 @@
  * exact and joins q (or the finished output). Softmax is online in base 2, over groups of 32 in order of position, so a
  * row's result does not depend on the other rows of its tile.
  */
+import { PACK_HALVES_WGSL } from "./half-output.wgsl.ts";
 import { halfLogits, halfOutput } from "./kv-attention-half.wgsl.ts";
 import { finishSealed, sealedLogits, sealedOutput } from "./kv-attention-sealed.wgsl.ts";
 import {
@@ -142,13 +143,14 @@ function head(s: Shapes, bindings: string): string {
 ${template.lanePlan.subgroups ? "enable subgroups;" : ""}
 ${bindings}
 // one is 1: loops that the driver must not unroll multiply their bound by it.
-struct Step { one: u32, firstRow: u32 }
+struct Step { one: u32, firstRow: u32, step: u32 }
 var<immediate> params: Step;
 var<workgroup> qSealed: array<f32, ${queries * d}>;
 ${kind === "split" ? "" : `var<workgroup> qHalf: array<f32, ${queries * d}>;`}
 var<workgroup> weights: array<f32, ${weights * queries * 32}>;
 ${template.lanePlan.subgroups ? "" : `var<workgroup> exchange: array<f32, ${queries * 32}>;\nvar<workgroup> reduce: array<f32, ${lanes}>;`}
 ${reductions(s)}
+${template.output === "f16" && kind !== "split" ? PACK_HALVES_WGSL : ""}
 ${
   kind === "merge"
     ? ""
@@ -174,15 +176,23 @@ function headIndex(s: Shapes): string {
 function storeOutput(s: Shapes): string {
   const { d, lanes, queries, channelVectors, template, kind } = s;
   const heads = template.queryHeads;
-  const store = (
-    m: number,
-  ) => `{ let factor = 1.0 / total; let at = (${kind === "prefill" ? `firstRow + ${Math.floor(m / heads)}u` : "row"}) * ${template.heads * d}u + (firstHead + ${m % heads}u) * ${d}u + lane;
-    ${each(channelVectors, (c) => `output[at + ${c * lanes}u] = o${m}_${c} * factor;`, " ")} }`;
-  return each(
+  const half = template.output === "f16";
+  const row = (m: number) => (kind === "prefill" ? `(firstRow + ${Math.floor(m / heads)}u)` : "row");
+  const at = (m: number) => `${row(m)} * ${template.heads * d}u + (firstHead + ${m % heads}u) * ${d}u`;
+  const guard = (m: number) => (kind === "prefill" ? `if (firstRow + ${Math.floor(m / heads)}u <= lastRow)` : "");
+  const target = (m: number, c: number) =>
+    half ? `qHalf[${m * d + c * lanes}u + lane]` : `output[at + ${c * lanes}u + lane]`;
+  const normalized = each(
     queries,
-    (m) => `  { let total = laneSum(total${m}, lane);
-    ${kind === "prefill" ? `if (firstRow + ${Math.floor(m / heads)}u <= lastRow) ${store(m)}` : store(m)} }`,
+    (m) => `  { let total = laneSum(total${m}, lane); let factor = 1.0 / total; let at = ${at(m)};
+    ${half ? "" : guard(m)} { ${each(channelVectors, (c) => `${target(m, c)} = o${m}_${c} * factor;`, " ")} } }`,
   );
+  if (!half) return normalized;
+  // Neighbouring channels belong to neighbouring lanes: they meet in workgroup memory.
+  return `  workgroupBarrier();
+${normalized}
+  workgroupBarrier();
+${each(queries, (m) => `  ${guard(m)} { for (var i = lane; i < ${d / 4}u * params.one; i += ${lanes}u) { let c = ${m * d}u + 4u * i; output[(${at(m)}) / 4u + i] = packHalves(vec4f(qHalf[c], qHalf[c + 1u], qHalf[c + 2u], qHalf[c + 3u])); } }`)}`;
 }
 
 /** Bindings: qkv, pages, half (chunkKv), tiles, pageTable, output. Grid: tiles, heads / queryHeads. */
@@ -197,7 +207,7 @@ export function prefillAttentionWgsl(template: AttentionTemplate): string {
 @group(0) @binding(2) var<storage, read> kvRows: array<u32>;
 @group(0) @binding(3) var<storage, read> tiles: array<vec4u>;
 @group(0) @binding(4) var<storage, read> pageTable: array<u32>;
-@group(0) @binding(5) var<storage, read_write> output: array<f32>;
+@group(0) @binding(5) var<storage, read_write> output: array<${template.output === "f16" ? "vec2u" : "f32"}>;
 var<private> halfBase: u32;`,
   )}
 fn halfRow(token: u32) -> u32 { return halfBase + token * ${2 * plane}u; }
@@ -239,7 +249,7 @@ export function splitAttentionWgsl(template: AttentionTemplate): string {
 ${ENTRY(s.lanes)} {
 ${headIndex(s)}
   let row = params.firstRow + wid.z;
-  let position = rows[row].x;
+  let position = rows[row].x + params.step;
   let slot = rows[row].y;
   let sealed = position - position % ${shape.residualTokens}u;
   let start = wid.x * ${SPLIT_TOKENS}u;
@@ -272,7 +282,7 @@ export function mergeAttentionWgsl(template: AttentionTemplate): string {
 @group(0) @binding(1) var<storage, read> kvRows: array<u32>;
 @group(0) @binding(2) var<storage, read> rows: array<vec4u>;
 @group(0) @binding(3) var<storage, read> partials: array<f32>;
-@group(0) @binding(4) var<storage, read_write> output: array<f32>;
+@group(0) @binding(4) var<storage, read_write> output: array<${template.output === "f16" ? "vec2u" : "f32"}>;
 var<private> halfBase: u32;`,
   )}
 fn halfRow(token: u32) -> u32 { return halfBase + token * ${row}u; }
@@ -280,7 +290,7 @@ fn valuePlane() -> u32 { return ${residualTokens * row}u; }
 ${ENTRY(s.lanes)} {
 ${headIndex(s)}
   let row = params.firstRow + wid.z;
-  let position = rows[row].x;
+  let position = rows[row].x + params.step;
   let slot = rows[row].y;
   let last = position % ${residualTokens}u;
   let splits = (position - last + ${SPLIT_TOKENS - 1}u) / ${SPLIT_TOKENS}u;

@@ -6,16 +6,20 @@
  */
 import { createStorage, uploadStorage } from "./buffers.ts";
 import type { Gpu } from "./device.ts";
+import type { ActivationOutput } from "./half-output.wgsl.ts";
 import type { Kernel } from "./kernel.ts";
 import { cachedKernel } from "./kernel-cache.ts";
-import { mergeAttentionWgsl, prefillAttentionWgsl, splitAttentionWgsl } from "./kv-attention.wgsl.ts";
+import { prefillAttentionWgsl } from "./kv-attention.wgsl.ts";
 import { type AttentionTemplate, type LanePlan, SPLIT_TOKENS } from "./kv-attention-template.ts";
+import { createDecodeAttention, type DecodeAttention, type DecodeVariant } from "./kv-decode.ts";
+import type { CodeForm } from "./kv-decode-packed.wgsl.ts";
 import { type KvFormat, type KvShape, validateKv } from "./kv-format.ts";
-import { kvSealWgsl } from "./kv-seal.wgsl.ts";
+import { createKvSeal, type KvSeal } from "./kv-seal.ts";
 import {
   createKvStepTables,
   type DecodePlan,
   type DecodeRow,
+  type DecodeStepPlan,
   type KvStepTables,
   type PrefillChunk,
   type PrefillPlan,
@@ -47,13 +51,23 @@ export interface KvKernelOptions {
   readonly ropeDim?: number;
   /** Factor of the logits. Default: 1 / sqrt(headDim). */
   readonly attentionScale?: number;
+  /** Decode steps that `prepareDecodeSteps` may prepare at once. Default: 1. */
+  readonly maxDecodeSteps?: number;
+  /** Type of `output`: f32, or f16 pairs in u32. Default: f32. */
+  readonly outputType?: ActivationOutput;
+  /** `invariant` (default): a row's bits depend on its own sequence only. `fast`: splits by the batch. */
+  readonly numerics?: "invariant" | "fast";
+  /** Overrides the kernels of decode attention that the device, format and shape would get; for tests. */
+  readonly decodeVariant?: DecodeVariant;
+  /** How the packed decode kernel reads codes. Default: subnormals; "offset" where a driver flushes them. */
+  readonly codeForm?: CodeForm;
   /** Overrides how a workgroup makes its vectors; for tests of the variants that other devices get. */
   readonly lanePlan?: LanePlan;
 }
 
 /** One layer's buffers. `qkv`, `chunkKv` and `output` may be shared by all layers. */
 export interface KvLayerBuffers {
-  /** f32 [rows][(heads + 2 kvHeads) * headDim]: q | k | v. Its q part is overwritten with the turned q. */
+  /** f32 [rows][(heads + 2 kvHeads) * headDim]: q | k | v. Its q part may be overwritten with the turned q. */
   readonly qkv: GPUBuffer;
   /** u32 [numPages][pageBytes / 4]. */
   readonly pages: GPUBuffer;
@@ -61,7 +75,7 @@ export interface KvLayerBuffers {
   readonly residual: GPUBuffer;
   /** u32 [maxRows][2][kvHeads * headDim / 2]: K and V of the prefill rows as f16 pairs. */
   readonly chunkKv: GPUBuffer;
-  /** f32 [rows][heads * headDim]. */
+  /** [rows][heads * headDim] of `outputType`. */
   readonly output: GPUBuffer;
 }
 
@@ -81,10 +95,13 @@ export const KV_STATUS_VALUE_NOT_FINITE = 2;
 export interface KvKernels {
   readonly format: KvFormat;
   readonly shape: KvShape;
+  readonly decodeVariant: DecodeVariant;
   /** u32 [maxSlots][maxPagesPerSequence]: page of block i of the sequence in a slot. Written by `setPages`. */
   readonly pageTable: GPUBuffer;
   /** u32 [maxSlots]: KV_STATUS_* bits; nonzero means that K or V was NaN or beyond f16, and the sequence must fail. */
   readonly status: GPUBuffer;
+  /** GPU bytes of all buffers made here: tables, rope, page table, status, partials. */
+  readonly bytes: number;
   /** Bytes that `residual` of one layer needs. */
   readonly residualBytes: number;
   /** Bytes that `chunkKv` needs. */
@@ -99,14 +116,17 @@ export interface KvKernels {
    */
   preparePrefill(chunks: readonly PrefillChunk[]): PrefillPlan;
   prepareDecode(rows: readonly DecodeRow[]): DecodePlan;
+  /**
+   * Uploads the tables of `steps` decode steps at once: step i is of the tokens at `position + i`. All of them may go into
+   * one pass; pages of windows that any of them seals must be entered before.
+   * @throws RangeError over `maxDecodeSteps` or where the last step is over `maxPositions`.
+   */
+  prepareDecodeSteps(rows: readonly DecodeRow[], steps: number): readonly DecodeStepPlan[];
   prepareSeal(windows: readonly SealWindow[]): SealPlan;
   bindLayer(buffers: KvLayerBuffers): KvLayer;
   /** Destroys the buffers made here; not those passed to bindLayer. */
   destroy(): void;
 }
-
-/** Most bytes of split partials; longer batches are encoded in several rounds. */
-const PARTIALS_LIMIT = 64 << 20;
 
 /** Most queries that a workgroup of attention takes at once: they share each unpacked code. */
 const MAX_QUERIES = 7;
@@ -120,18 +140,14 @@ interface Shared {
   readonly buffers: ReturnType<typeof createBuffers>;
   readonly kernels: Kernels;
   readonly template: AttentionTemplate;
-  /** Decode rows whose partials fit at once. */
-  readonly partialRows: number;
 }
 
 interface Kernels {
   readonly prefillWrite: Kernel;
-  readonly decodeWrite: Kernel;
-  readonly prefillSeal: Kernel;
-  readonly decodeSeal: Kernel;
+  readonly prefillSeal: KvSeal;
+  readonly decodeSeal: KvSeal;
   readonly prefill: Kernel;
-  readonly split: Kernel;
-  readonly merge: Kernel;
+  readonly decode: DecodeAttention;
 }
 
 function check(options: KvKernelOptions): void {
@@ -183,10 +199,11 @@ function attentionTemplate(gpu: Gpu, options: KvKernelOptions): AttentionTemplat
     queryHeads,
     tileRows: Math.max(1, Math.floor(PREFILL_QUERIES / queryHeads)),
     scale: attentionScale ?? 1 / Math.sqrt(shape.headDim),
+    output: options.outputType ?? "f32",
   };
 }
 
-function createBuffers(gpu: Gpu, options: KvKernelOptions, tables: KvStepTables, partialBytes: number) {
+function createBuffers(gpu: Gpu, options: KvKernelOptions, tables: KvStepTables) {
   const table = (name: string, words: Uint32Array) => createStorage(gpu, `kv ${name}`, words.byteLength);
   const { maxSlots, maxPagesPerSequence } = options;
   return {
@@ -198,14 +215,18 @@ function createBuffers(gpu: Gpu, options: KvKernelOptions, tables: KvStepTables,
     decodeSeals: table("decode seals", tables.decodeSeals),
     pageTable: uploadStorage(gpu, "kv page table", new Uint32Array(maxSlots * maxPagesPerSequence)),
     status: uploadStorage(gpu, "kv status", new Uint32Array(maxSlots)),
-    partials: createStorage(gpu, "kv split partials", partialBytes),
   };
 }
 
-async function compileKernels(gpu: Gpu, options: KvKernelOptions, template: AttentionTemplate): Promise<Kernels> {
+async function compileKernels(
+  gpu: Gpu,
+  options: KvKernelOptions,
+  template: AttentionTemplate,
+  tables: ReturnType<typeof createBuffers>,
+): Promise<Kernels> {
   const { format, shape, heads, maxPagesPerSequence: maxPages, ropeLayout, ropeDim = shape.headDim } = options;
   const row = (shape.kvHeads * shape.headDim) / 2;
-  const compile = (label: string, code: string, access: string, immediateBytes = 0) =>
+  const compile = (label: string, code: string, access: string, immediateBytes: number) =>
     cachedKernel(gpu, {
       label: `kv ${label} ${format.name}`,
       code,
@@ -220,16 +241,14 @@ async function compileKernels(gpu: Gpu, options: KvKernelOptions, template: Atte
     planeStride: shape.residualTokens * row,
     slotStride: 2 * shape.residualTokens * row,
   };
-  const [prefillWrite, decodeWrite, prefillSeal, decodeSeal, prefill, split, merge] = await Promise.all([
-    compile("write prefill", kvWriteWgsl({ ...write, phase: "prefill" }), "wrrwww", 4),
-    compile("write decode", kvWriteWgsl({ ...write, phase: "decode" }), "wrrww", 4),
-    compile("seal prefill", kvSealWgsl({ ...seal, ...chunkSource }), "rrrww", 4),
-    compile("seal decode", kvSealWgsl({ ...seal, ...residualSource }), "rrrww", 4),
-    compile("attention prefill", prefillAttentionWgsl(template), "rrrrrw", 8),
-    compile("attention split", splitAttentionWgsl(template), "rrrrw", 8),
-    compile("attention merge", mergeAttentionWgsl(template), "rrrrw", 8),
+  const [prefillWrite, prefillSeal, decodeSeal, prefill, decode] = await Promise.all([
+    compile("write prefill", kvWriteWgsl({ ...write, phase: "prefill" }), "wrrwww", 8),
+    createKvSeal(gpu, { ...seal, ...chunkSource }),
+    createKvSeal(gpu, { ...seal, ...residualSource }),
+    compile("attention prefill", prefillAttentionWgsl(template), "rrrrrw", 12),
+    createDecodeAttention(gpu, options, template, tables),
   ]);
-  return { prefillWrite, decodeWrite, prefillSeal, decodeSeal, prefill, split, merge };
+  return { prefillWrite, prefillSeal, decodeSeal, prefill, decode };
 }
 
 /**
@@ -238,14 +257,12 @@ async function compileKernels(gpu: Gpu, options: KvKernelOptions, template: Atte
  */
 export async function createKvKernels(gpu: Gpu, options: KvKernelOptions): Promise<KvKernels> {
   check(options);
-  const { format, shape, heads, maxRows, maxDecodeRows, maxSlots } = options;
+  const { format, shape, maxRows, maxSlots, maxDecodeSteps = 1 } = options;
   const template = attentionTemplate(gpu, options);
-  const tables = createKvStepTables({ ...options, tileRows: template.tileRows, splitTokens: SPLIT_TOKENS });
-  const rowPartials = heads * template.maxSplits * (shape.headDim + 2) * 4;
-  const partialRows = Math.max(1, Math.min(maxDecodeRows, Math.floor(PARTIALS_LIMIT / rowPartials)));
-  const kernels = await compileKernels(gpu, options, template);
-  const buffers = createBuffers(gpu, options, tables, partialRows * rowPartials);
-  const shared = { options, tables, buffers, kernels, template, partialRows };
+  const tables = createKvStepTables({ ...options, maxDecodeSteps, tileRows: template.tileRows });
+  const buffers = createBuffers(gpu, options, tables);
+  const kernels = await compileKernels(gpu, options, template, buffers);
+  const shared = { options, tables, buffers, kernels, template };
   const upload = (buffer: GPUBuffer, table: Uint32Array<ArrayBuffer>, entries: number) => {
     if (entries > 0) gpu.device.queue.writeBuffer(buffer, 0, table, 0, entries * 4);
   };
@@ -253,8 +270,10 @@ export async function createKvKernels(gpu: Gpu, options: KvKernelOptions): Promi
   return {
     format,
     shape,
+    decodeVariant: kernels.decode.variant,
     pageTable: buffers.pageTable,
     status: buffers.status,
+    bytes: Object.values(buffers).reduce((sum, { size }) => sum + size, kernels.decode.bytes),
     residualBytes: maxSlots * 2 * shape.residualTokens * row * 4,
     chunkKvBytes: Math.max(1, maxRows) * 2 * row * 4,
     setPages: (slot, firstBlock, pages) => setPages(gpu, shared, slot, firstBlock, pages),
@@ -267,9 +286,16 @@ export async function createKvKernels(gpu: Gpu, options: KvKernelOptions): Promi
       return plan;
     },
     prepareDecode(rows) {
-      const plan = tables.fillDecode(rows);
-      upload(buffers.decodeRows, tables.decodeRows, plan.rows);
-      return plan;
+      const [plan] = tables.fillDecodeSteps(rows, 1);
+      upload(buffers.decodeRows, tables.decodeRows, rows.length);
+      return (plan as DecodeStepPlan).attend;
+    },
+    prepareDecodeSteps(rows, steps) {
+      const plans = tables.fillDecodeSteps(rows, steps);
+      upload(buffers.decodeRows, tables.decodeRows, rows.length);
+      const { first, blocks } = (plans.at(-1) as DecodeStepPlan).seal;
+      upload(buffers.decodeSeals, tables.decodeSeals, first + blocks);
+      return plans;
     },
     prepareSeal(windows) {
       const plan = tables.fillSeal(windows);
@@ -278,6 +304,7 @@ export async function createKvKernels(gpu: Gpu, options: KvKernelOptions): Promi
     },
     bindLayer: (layer) => bindLayer(shared, layer),
     destroy() {
+      kernels.decode.destroy();
       for (const buffer of Object.values(buffers)) buffer.destroy();
     },
   };
@@ -297,47 +324,32 @@ function setPages(gpu: Gpu, { options, buffers }: Shared, slot: number, firstBlo
 }
 
 function bindLayer(shared: Shared, layer: KvLayerBuffers): KvLayer {
-  const { kernels, buffers, template, options, partialRows } = shared;
+  const { kernels, buffers, template, options } = shared;
   const { qkv, pages, residual, chunkKv, output } = layer;
-  const { ropeTable, prefillRows, prefillTiles, prefillSeals, decodeRows, decodeSeals, pageTable, status, partials } =
-    buffers;
+  const { ropeTable, prefillRows, prefillTiles, prefillSeals, decodeSeals, pageTable, status } = buffers;
   const prefillWrite = kernels.prefillWrite.bind([qkv, ropeTable, prefillRows, residual, status, chunkKv]);
-  const decodeWrite = kernels.decodeWrite.bind([qkv, ropeTable, decodeRows, residual, status]);
-  const prefillSeal = kernels.prefillSeal.bind([chunkKv, prefillSeals, pageTable, pages, status]);
-  const decodeSeal = kernels.decodeSeal.bind([residual, decodeSeals, pageTable, pages, status]);
+  const prefillSeal = kernels.prefillSeal.bind({ source: chunkKv, seals: prefillSeals, pageTable, pages, status });
+  const decodeSeal = kernels.decodeSeal.bind({ source: residual, seals: decodeSeals, pageTable, pages, status });
   const prefill = kernels.prefill.bind([qkv, pages, chunkKv, prefillTiles, pageTable, output]);
-  const split = kernels.split.bind([qkv, pages, decodeRows, pageTable, partials]);
-  const merge = kernels.merge.bind([qkv, residual, decodeRows, partials, output]);
+  const decode = kernels.decode.bind({ qkv, pages, residual, output });
   const { shape, heads } = options;
   const writeGrid = Math.ceil(((heads + 2 * shape.kvHeads) * shape.headDim) / 4 / WRITE_THREADS);
-  const sealGroups = shape.blockTokens / 32;
   const headParts = heads / template.queryHeads;
-  // Immediates: rows start at `first` in the write kernels; `one` and the first row of a round in the others.
-  const first = new Uint32Array(1);
-  const one = new Uint32Array([1]);
-  const round = new Uint32Array([1, 0]);
+  // Immediates: first row and step of the write; `one`, first row and step of attention.
+  const writeWords = new Uint32Array(2);
+  const words = new Uint32Array([1, 0, 0]);
   return {
     encodePrefill(pass, plan) {
       if (plan.rows === 0) return;
-      first[0] = 0;
-      prefillWrite.encode(pass, first, [writeGrid, plan.rows]);
-      if (plan.blocks > 0) prefillSeal.encode(pass, one, [plan.blocks * sealGroups, shape.kvHeads, 2]);
-      round[1] = 0;
-      prefill.encode(pass, round, [plan.tiles, headParts]);
+      prefillWrite.encode(pass, writeWords, [writeGrid, plan.rows]);
+      if (plan.blocks > 0) prefillSeal.encode(pass, plan.blocks);
+      prefill.encode(pass, words, [plan.tiles, headParts]);
     },
     encodeDecode(pass, plan) {
-      if (plan.rows === 0) return;
-      first[0] = 0;
-      decodeWrite.encode(pass, first, [writeGrid, plan.rows]);
-      for (let row = 0; row < plan.rows; row += partialRows) {
-        const rows = Math.min(partialRows, plan.rows - row);
-        round[1] = row;
-        if (plan.splits > 0) split.encode(pass, round, [plan.splits, headParts, rows]);
-        merge.encode(pass, round, [1, headParts, rows]);
-      }
+      if (plan.rows > 0) decode.encode(pass, plan);
     },
-    encodeSeal(pass, plan) {
-      if (plan.blocks > 0) decodeSeal.encode(pass, one, [plan.blocks * sealGroups, shape.kvHeads, 2]);
+    encodeSeal(pass, { blocks, first }) {
+      if (blocks > 0) decodeSeal.encode(pass, blocks, first);
     },
   };
 }

@@ -37,13 +37,24 @@ export interface PrefillPlan {
 /** What `KvLayer.encodeDecode` needs to know; from `KvKernels.prepareDecode`. */
 export interface DecodePlan {
   readonly rows: number;
-  /** Splits of the longest row's sealed part. */
-  readonly splits: number;
+  /** Sealed tokens of the longest row. */
+  readonly sealed: number;
+  /** Steps since the row table was written: every row's position has moved on by as many. */
+  readonly step: number;
 }
 
 /** What `KvLayer.encodeSeal` needs to know; from `KvKernels.prepareSeal`. */
 export interface SealPlan {
   readonly blocks: number;
+  /** Entry of the seal table where the plan's blocks begin. */
+  readonly first: number;
+}
+
+/** One of several decode steps that follow each other without the host; from `KvKernels.prepareDecodeSteps`. */
+export interface DecodeStepPlan {
+  readonly attend: DecodePlan;
+  /** Windows that the step fills: to seal after all its layers. It may hold no blocks. */
+  readonly seal: SealPlan;
 }
 
 /** Words of one entry of the row table: position, slot, flags, unused. */
@@ -60,12 +71,12 @@ export interface KvStepLimits {
   readonly shape: KvShape;
   readonly maxRows: number;
   readonly maxDecodeRows: number;
+  /** Decode steps that one set of tables may serve. Default: 1. */
+  readonly maxDecodeSteps?: number;
   readonly maxSlots: number;
   readonly maxPositions: number;
   /** Query rows of one prefill attention tile. */
   readonly tileRows: number;
-  /** Sealed tokens of one decode split. */
-  readonly splitTokens: number;
 }
 
 /** The tables of one step, on the host. */
@@ -77,21 +88,23 @@ export interface KvStepTables {
   readonly decodeSeals: Uint32Array<ArrayBuffer>;
   /** Fills the prefill tables. @throws RangeError for a chunk that does not start at a window or exceeds a limit. */
   fillPrefill(chunks: readonly PrefillChunk[]): PrefillPlan;
-  fillDecode(rows: readonly DecodeRow[]): DecodePlan;
+  /** Fills the row table for the first step, and the seal table for all of them. */
+  fillDecodeSteps(rows: readonly DecodeRow[], steps: number): readonly DecodeStepPlan[];
   fillSeal(windows: readonly SealWindow[]): SealPlan;
 }
 
 /** Makes the tables for the given limits. @throws RangeError where format and shape do not fit. */
 export function createKvStepTables(limits: KvStepLimits): KvStepTables {
   validateKv(limits.format, limits.shape);
-  const { maxRows, maxDecodeRows, shape } = limits;
+  const { maxRows, maxDecodeRows, maxDecodeSteps = 1, shape } = limits;
   // A tile has at least one row.
   const prefillRows = new Uint32Array(Math.max(1, maxRows) * ROW_WORDS);
   const prefillTiles = new Uint32Array(Math.max(1, maxRows) * TILE_WORDS);
   const prefillSeals = new Uint32Array(Math.max(1, Math.floor(maxRows / shape.blockTokens)) * SEAL_WORDS);
   const decodeRows = new Uint32Array(Math.max(1, maxDecodeRows) * ROW_WORDS);
   const blocksPerWindow = shape.residualTokens / shape.blockTokens;
-  const decodeSeals = new Uint32Array(Math.max(1, maxDecodeRows) * blocksPerWindow * SEAL_WORDS);
+  const windows = Math.max(1, maxDecodeRows) * Math.ceil(maxDecodeSteps / shape.residualTokens);
+  const decodeSeals = new Uint32Array(windows * blocksPerWindow * SEAL_WORDS);
   return {
     prefillRows,
     prefillTiles,
@@ -99,7 +112,7 @@ export function createKvStepTables(limits: KvStepLimits): KvStepTables {
     decodeRows,
     decodeSeals,
     fillPrefill: (chunks) => fillPrefill(limits, chunks, prefillRows, prefillTiles, prefillSeals),
-    fillDecode: (rows) => fillDecode(limits, rows, decodeRows),
+    fillDecodeSteps: (rows, steps) => fillDecodeSteps(limits, rows, steps, decodeRows, decodeSeals),
     fillSeal: (windows) => fillSeal(limits, windows, decodeSeals),
   };
 }
@@ -156,21 +169,52 @@ function fillPrefill(
   return { rows: row, tiles, blocks };
 }
 
-function fillDecode(limits: KvStepLimits, rows: readonly DecodeRow[], table: Uint32Array): DecodePlan {
-  if (rows.length > limits.maxDecodeRows) {
-    throw new RangeError(`decode: ${rows.length} rows, at most ${limits.maxDecodeRows}`);
+function fillDecodeSteps(
+  limits: KvStepLimits,
+  rows: readonly DecodeRow[],
+  steps: number,
+  rowTable: Uint32Array,
+  sealTable: Uint32Array,
+): readonly DecodeStepPlan[] {
+  const { maxDecodeRows, maxDecodeSteps = 1, shape } = limits;
+  const window = shape.residualTokens;
+  if (rows.length > maxDecodeRows) throw new RangeError(`decode: ${rows.length} rows, at most ${maxDecodeRows}`);
+  if (!Number.isInteger(steps) || steps < 1 || steps > maxDecodeSteps) {
+    throw new RangeError(`decode: ${steps} steps, must be 1..${maxDecodeSteps}`);
   }
-  let sealed = 0;
+  let longest = 0;
   rows.forEach(({ slot, position }, row) => {
-    checkRow(limits, "decode row", slot, position, 1);
-    sealed = Math.max(sealed, position - (position % limits.shape.residualTokens));
-    table.set([position, slot, ROW_RESIDUAL, 0], row * ROW_WORDS);
+    checkRow(limits, "decode row", slot, position, steps);
+    longest = Math.max(longest, position);
+    rowTable.set([position, slot, ROW_RESIDUAL, 0], row * ROW_WORDS);
   });
-  return { rows: rows.length, splits: Math.ceil(sealed / limits.splitTokens) };
+  let blocks = 0;
+  return Array.from({ length: steps }, (_, step) => {
+    const first = blocks;
+    for (const { slot, position } of rows) {
+      const end = position + step + 1;
+      if (end % window === 0) blocks = addWindow(shape, sealTable, blocks, { slot, position: end - window });
+    }
+    const last = longest + step;
+    return {
+      attend: { rows: rows.length, sealed: rows.length === 0 ? 0 : last - (last % window), step },
+      seal: { blocks: blocks - first, first },
+    };
+  });
+}
+
+/** Appends a window's blocks to a seal table that holds `blocks`. @returns how many it then holds. */
+function addWindow(shape: KvShape, table: Uint32Array, blocks: number, { slot, position }: SealWindow): number {
+  let count = blocks;
+  for (let token = 0; token < shape.residualTokens; token += shape.blockTokens) {
+    table.set([token, slot, position + token, 0], count * SEAL_WORDS);
+    count++;
+  }
+  return count;
 }
 
 function fillSeal(limits: KvStepLimits, windows: readonly SealWindow[], table: Uint32Array): SealPlan {
-  const { residualTokens: window, blockTokens } = limits.shape;
+  const window = limits.shape.residualTokens;
   if (windows.length > limits.maxDecodeRows) {
     throw new RangeError(`seal: ${windows.length} windows, at most ${limits.maxDecodeRows}`);
   }
@@ -178,10 +222,7 @@ function fillSeal(limits: KvStepLimits, windows: readonly SealWindow[], table: U
   for (const { slot, position } of windows) {
     checkRow(limits, "window to seal", slot, position, window);
     checkWindowStart(limits, "window to seal", position);
-    for (let token = 0; token < window; token += blockTokens) {
-      table.set([token, slot, position + token, 0], blocks * SEAL_WORDS);
-      blocks++;
-    }
+    blocks = addWindow(limits.shape, table, blocks, { slot, position });
   }
-  return { blocks };
+  return { blocks, first: 0 };
 }

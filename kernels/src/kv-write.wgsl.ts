@@ -62,16 +62,17 @@ ${prefill ? `  chunkKv[(row * 2u + plane) * ${row}u + word] = value;` : ""}
 @group(0) @binding(3) var<storage, read_write> residual: array<u32>;
 @group(0) @binding(4) var<storage, read_write> status: array<atomic<u32>>;
 ${prefill ? "@group(0) @binding(5) var<storage, read_write> chunkKv: array<u32>;" : ""}
-struct Step { firstRow: u32 }
+struct Step { firstRow: u32, step: u32 }
 var<immediate> params: Step;
 ${TO_HALF_WGSL}
 ${store}
-fn turn(a: f32, b: f32, cs: vec2f) -> vec2f { return vec2f(a * cs.x - b * cs.y, a * cs.y + b * cs.x); }
+// The same roundings as in kv-query-rope.wgsl.ts: K of a token has the same bits, whichever kernel turns it.
+fn turn(a: f32, b: f32, cs: vec2f) -> vec2f { return vec2f(fma(a, cs.x, -(b * cs.y)), fma(b, cs.x, a * cs.y)); }
 @compute @workgroup_size(${WRITE_THREADS}) fn main(@builtin(global_invocation_id) id: vec3u) {
   if (id.x >= ${(heads + 2 * kvHeads) * quads}u) { return; }
   let row = params.firstRow + id.y;
   let entry = rows[row];
-  let position = entry.x;
+  let position = entry.x + params.step;
   let slot = entry.y;
   let keep = (entry.z & 1u) == 1u;
   let head = id.x / ${quads}u;

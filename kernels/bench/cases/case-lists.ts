@@ -1,5 +1,6 @@
 /** Every list of cases that the bench runs, in the order of its table. A new file in this folder gets a line here. */
 import type { CaseList } from "../kernel-case.ts";
+import { decodeAttentionCases } from "./decode-attention.ts";
 import { gemmCases } from "./gemm.ts";
 
-export const CASE_LISTS: readonly CaseList[] = [gemmCases];
+export const CASE_LISTS: readonly CaseList[] = [decodeAttentionCases, gemmCases];

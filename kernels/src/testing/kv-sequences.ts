@@ -2,7 +2,7 @@
  * Runs sequences through one layer of the KV kernels and through the f64 reference: the same random q, k, v per
  * (sequence, position) on both sides, whatever order of chunks and batches the test chooses.
  */
-import { readBuffer, submitPass } from "../buffers.ts";
+import { createStorage, readBuffer, submitPass, uploadStorage } from "../buffers.ts";
 import type { Gpu } from "../device.ts";
 import { halfToFloat } from "../half.ts";
 import { attentionReference, ropeReference, throughHalf } from "../kv-attention.reference.ts";
@@ -160,6 +160,33 @@ export class KvSequences {
     return this.#result(rows.length);
   }
 
+  /** Decode steps in one pass: row i of step s is of position `position + s`. Each step's output. */
+  async decodeSteps(rows: readonly KvRow[], steps: number): Promise<Float32Array<ArrayBuffer>[]> {
+    for (const { slot, position } of rows) this.reserve(slot, this.#frontier(position + steps));
+    const plans = this.kernels.prepareDecodeSteps(rows, steps);
+    const bytes = rows.length * this.width * 4;
+    const inputs = plans.map((_, step) => {
+      const values = rows.flatMap(({ slot, position }) => [...this.rowValues({ slot, position: position + step })]);
+      return uploadStorage(this.gpu, "step input", Float32Array.from(values));
+    });
+    const outputs = plans.map(() => createStorage(this.gpu, "step output", this.output.buffer.size));
+    const encoder = this.gpu.device.createCommandEncoder();
+    for (const [step, { attend, seal }] of plans.entries()) {
+      encoder.copyBufferToBuffer(inputs[step] as GPUBuffer, 0, this.#qkv.buffer, 0, bytes);
+      const pass = encoder.beginComputePass();
+      this.layer.encodeDecode(pass, attend);
+      this.layer.encodeSeal(pass, seal);
+      pass.end();
+      const output = outputs[step] as GPUBuffer;
+      encoder.copyBufferToBuffer(this.output.buffer, 0, output, 0, output.size);
+    }
+    this.gpu.device.queue.submit([encoder.finish()]);
+    const results: Float32Array<ArrayBuffer>[] = [];
+    for (const output of outputs) results.push(this.#rows(await readBuffer(this.gpu, output), rows.length));
+    for (const buffer of [...inputs, ...outputs]) buffer.destroy();
+    return results;
+  }
+
   #frontier(tokens: number): number {
     return tokens - (tokens % this.setup.shape.residualTokens);
   }
@@ -173,11 +200,13 @@ export class KvSequences {
 
   async #result(rows: number): Promise<Float32Array<ArrayBuffer>> {
     await this.#qkv.read();
-    const { heads, shape } = this.setup;
-    return new Float32Array(await this.output.read()).slice(
-      0,
-      rows * heads * shape.headDim,
-    ) as Float32Array<ArrayBuffer>;
+    return this.#rows(await this.output.read(), rows);
+  }
+
+  #rows(content: ArrayBuffer, rows: number): Float32Array<ArrayBuffer> {
+    const count = rows * this.setup.heads * this.setup.shape.headDim;
+    if (this.setup.outputType === "f16") return Float32Array.from(new Uint16Array(content, 0, count), halfToFloat);
+    return new Float32Array(content).slice(0, count);
   }
 
   /** K and V of a row as f16 values after rotary embedding (f64): [kvHeads * headDim] each. */

@@ -1,0 +1,149 @@
+/**
+ * WGSL of the decode split over f16 pages. A workgroup is 32 lanes: it takes some queries of one KV head of one row over
+ * some consecutive splits, 32 tokens at a time. Logits: lane = token, 16 bytes a load; output: lane = words of V of four
+ * tokens. All of K's bytes of a group are under way at once, and V's while K is worked on.
+ */
+import { each, range } from "./kv-attention-template.ts";
+import { DECODE_LANES, type LaneExchange, laneDirectives, laneFunctions } from "./kv-decode-lanes.ts";
+import { DECODE_SPLIT_STEP, queryTiles } from "./kv-decode-packed.wgsl.ts";
+import { KV_GROUP, type KvFormat, type KvShape } from "./kv-format.ts";
+import { kvPageLayout } from "./kv-layout.ts";
+import { type QueryRope, queryRopeWgsl } from "./kv-query-rope.wgsl.ts";
+
+export interface DecodeHalfTemplate extends QueryRope {
+  /** "f16". */
+  readonly format: KvFormat;
+  readonly shape: KvShape;
+  /** Query heads: a multiple of shape.kvHeads. */
+  readonly heads: number;
+  /** Query heads of one workgroup. */
+  readonly queries: number;
+  readonly maxPages: number;
+  /** Factor of the logits. */
+  readonly scale: number;
+  readonly exchange: LaneExchange;
+}
+
+/** Whether the kernel can hold the format and shape. */
+export function decodeHalfSupports(format: KvFormat, { headDim }: KvShape): boolean {
+  return format.keyBits === 16 && format.valueBits === 16 && !format.rotated && (headDim === 64 || headDim === 128);
+}
+
+const XYZW = ["x", "y", "z", "w"];
+
+function keyPhase({ queries, shape }: DecodeHalfTemplate): string {
+  const columns = shape.headDim / 8;
+  return `${each(queries, (r) => `    var s${r} = 0.0;`)}
+${each(
+  columns,
+  (
+    c,
+  ) => `    { let a = vec4f(unpack2x16float(key${c}.x), unpack2x16float(key${c}.y)); let b = vec4f(unpack2x16float(key${c}.z), unpack2x16float(key${c}.w));
+      ${each(queries, (r) => `s${r} += dot(a, turned[${(r * columns + c) * 2}u]) + dot(b, turned[${(r * columns + c) * 2 + 1}u]);`, " ")} }`,
+)}
+${each(
+  queries,
+  (
+    r,
+  ) => `    let next${r} = max(top${r}, laneMax(s${r}, lane)); let keep${r} = exp2(top${r} - next${r}); top${r} = next${r};
+    let p${r} = exp2(s${r} - next${r}); total${r} = fma(total${r}, keep${r}, p${r}); probs[${r * 8}u + lane / 4u][lane & 3u] = p${r};`,
+)}`;
+}
+
+function valuePhase({ queries, shape }: DecodeHalfTemplate): string {
+  const words = shape.headDim / 2 / DECODE_LANES;
+  return `${each(queries, (r) => each(words, (w) => `    a${r}_${w} *= keep${r};`, " "))}
+${each(
+  8,
+  (quad) => `    { ${each(queries, (r) => `let p${r} = probs[${r * 8 + quad}u];`, " ")}
+${each(words, (w) => each(4, (t) => `      { let v = unpack2x16float(value${quad}_${w}.${XYZW[t]}); ${each(queries, (r) => `a${r}_${w} = fma(vec2f(p${r}.${XYZW[t]}), v, a${r}_${w});`, " ")} }`))} }`,
+)}`;
+}
+
+function storePartials({ queries, shape, heads }: DecodeHalfTemplate): string {
+  const d = shape.headDim;
+  const gqa = heads / shape.kvHeads;
+  const words = d / 2 / DECODE_LANES;
+  return each(
+    queries,
+    (
+      r,
+    ) => `      { let total = laneSum(total${r}, lane); let out = ((wid.z * ${heads}u + head${r}) * params.splits + split) * ${d + 2}u;
+        if (firstQuery + ${r}u < ${gqa}u) {
+          ${each(words, (w) => `partials[out + ${w * 64}u + 2u * lane] = a${r}_${w}.x; partials[out + ${w * 64}u + 2u * lane + 1u] = a${r}_${w}.y;`, " ")}
+          if (lane == 0u) { partials[out + ${d}u] = top${r}; partials[out + ${d + 1}u] = total; }
+        }
+        top${r} = -1.0e30; total${r} = 0.0; ${each(words, (w) => `a${r}_${w} = vec2f();`, " ")} }`,
+  );
+}
+
+/** Bindings, immediates and grid as in kv-decode-packed.wgsl.ts. */
+export function decodeHalfWgsl(template: DecodeHalfTemplate): string {
+  const { format, shape, heads, queries, maxPages, scale } = template;
+  const d = shape.headDim;
+  const layout = kvPageLayout(format, shape);
+  const gqa = heads / shape.kvHeads;
+  const { tiles } = queryTiles(gqa, queries);
+  const columns = d / 8;
+  const words = d / 2 / DECODE_LANES;
+  const pageGroups = shape.blockTokens / KV_GROUP;
+  const width = (heads + 2 * shape.kvHeads) * d;
+  const at = (g: string) =>
+    `pageTable[slot * ${maxPages}u + ${g} / ${pageGroups}u] * ${layout.page / 4}u + kvHead * ${layout.head / 4}u + (${g} % ${pageGroups}u) * ${d * 4}u + lane`;
+  return `requires immediate_address_space;
+${laneDirectives(template.exchange)}
+@group(0) @binding(0) var<storage, read> qkv: array<f32>;
+@group(0) @binding(1) var<storage, read> pages: array<vec4u>;
+@group(0) @binding(2) var<storage, read> rows: array<vec4u>;
+@group(0) @binding(3) var<storage, read> pageTable: array<u32>;
+@group(0) @binding(4) var<storage, read_write> partials: array<f32>;
+@group(0) @binding(5) var<storage, read> ropeTable: array<vec2f>;
+${DECODE_SPLIT_STEP}
+var<workgroup> turned: array<vec4f, ${(queries * d) / 4}>;
+var<workgroup> probs: array<vec4f, ${queries * 8}>;
+${laneFunctions(template.exchange)}
+${queryRopeWgsl(template)}
+@compute @workgroup_size(${DECODE_LANES}) fn main(@builtin(workgroup_id) wid: vec3u, @builtin(local_invocation_index) lane: u32) {
+  let kvHead = wid.y / ${tiles}u; let firstQuery = wid.y % ${tiles}u * ${queries}u;
+  let row = params.firstRow + wid.z;
+  let position = rows[row].x + params.step;
+  let slot = rows[row].y;
+  let sealed = position - position % ${shape.residualTokens}u;
+  var split = wid.x * params.walk;
+  let start = split * params.splitTokens;
+  if (start >= sealed) { return; }
+  let splitGroups = params.splitTokens / 32u;
+  let first = start / 32u;
+  let end = min(start + params.walk * params.splitTokens, sealed) / 32u;
+${each(queries, (r) => `  let head${r} = kvHead * ${gqa}u + min(firstQuery + ${r}u, ${gqa - 1}u); var top${r} = -1.0e30; var total${r} = 0.0; ${each(words, (w) => `var a${r}_${w} = vec2f();`, " ")}`)}
+  var here = ${at("first")};
+  ${range(columns)
+    .map((c) => `var nKey${c} = pages[here + ${c * 32}u];`)
+    .join(" ")}
+${each(
+  queries,
+  (r) =>
+    `  for (var i = lane; i < ${d}u * params.one; i += 32u) { turned[${(r * d) / 4}u + i / 4u][i % 4u] = turnedQuery(row * ${width}u + head${r} * ${d}u, i, position) * ${scale * Math.LOG2E}; }`,
+)}
+  var left = splitGroups;
+  workgroupBarrier();
+  for (var g = first; g < end; g++) {
+    ${each(8, (quad) => each(words, (w) => `let value${quad}_${w} = pages[here + ${layout.valueCodes / 4 + quad * (d / 2) + w * 32}u];`, " "), " ")}
+    ${each(columns, (c) => `let key${c} = nKey${c};`, " ")}
+    let following = min(g + 1u, end - 1u);
+    let next = ${at("following")};
+${keyPhase(template)}
+    ${each(columns, (c) => `nKey${c} = pages[next + ${c * 32}u];`, " ")}
+    here = next;
+    workgroupBarrier();
+${valuePhase(template)}
+    workgroupBarrier();
+    left--;
+    if (left == 0u || g + 1u == end) {
+${storePartials(template)}
+      left = splitGroups;
+      split++;
+    }
+  }
+}`;
+}
