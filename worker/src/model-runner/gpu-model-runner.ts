@@ -137,7 +137,7 @@ export class GpuModelRunner implements ModelRunner {
     const started = performance.now();
     const { gpu, encoder, readback, scorer } = this.#parts;
     const sampling = sampledRows(plan);
-    const timed = StepEncoder.timed(plan, sampling);
+    const timed = StepEncoder.timed(sampling);
     try {
       encoder.submit(plan, sampling, entry);
     } catch (error) {

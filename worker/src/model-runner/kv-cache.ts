@@ -1,25 +1,9 @@
 /** The KV kernels with their buffers: pages of every layer, residual windows, and the page tables' host mirror. */
-import {
-  buildRopeTable,
-  createKvKernels,
-  type DecodePlan,
-  type Gpu,
-  type KvKernels,
-  type KvLayer,
-  pageBytes,
-  type SealPlan,
-} from "@kivimesh/kernels";
+import { buildRopeTable, createKvKernels, type Gpu, type KvKernels, type KvLayer, pageBytes } from "@kivimesh/kernels";
 import type { ModelConfig } from "../model/model-config.ts";
 import type { Activations } from "./activations.ts";
 import type { MemoryAccount } from "./memory-account.ts";
 import type { KvGeometry, RunnerLimits } from "./model-runner.ts";
-
-/** What the layers encode for one step of the decode rows. */
-export interface DecodeStep {
-  readonly attend: DecodePlan;
-  /** Windows that the step fills. */
-  readonly seal: SealPlan | undefined;
-}
 
 export interface KvCache {
   readonly kernels: KvKernels;
@@ -28,8 +12,6 @@ export interface KvCache {
   readonly pageBytes: number;
   /** One buffer a layer: [numPages][pageBytes]. */
   readonly pages: readonly GPUBuffer[];
-  /** Uploads the tables of step `index` of the decode rows, which began at their positions. */
-  prepareDecode(rows: readonly { readonly slot: number; readonly position: number }[], index: number): DecodeStep;
   /** Enters a sequence's page table; only what differs from the slot's last table is written. */
   setPages(slot: number, pageTable: readonly number[]): void;
 }
@@ -43,7 +25,7 @@ export interface KvCacheDescriptor {
 }
 
 export async function createKvCache(gpu: Gpu, memory: MemoryAccount, descriptor: KvCacheDescriptor): Promise<KvCache> {
-  const { config, kv, limits, activations } = descriptor;
+  const { config, kv, limits, activations, numerics } = descriptor;
   const { theta, dimensions, scaling, frequencyFactors, layout } = config.rope;
   const ropeTable = buildRopeTable({
     ropeDim: dimensions,
@@ -58,6 +40,9 @@ export async function createKvCache(gpu: Gpu, memory: MemoryAccount, descriptor:
     heads: config.heads,
     maxRows: limits.maxPrefillRows,
     maxDecodeRows: limits.maxSequences,
+    maxDecodeSteps: limits.maxDecodeSteps,
+    outputType: activations.type,
+    numerics,
     maxSlots: limits.maxSequences,
     maxPagesPerSequence: limits.maxPagesPerSequence,
     maxPositions: limits.maxContextTokens,
@@ -65,7 +50,7 @@ export async function createKvCache(gpu: Gpu, memory: MemoryAccount, descriptor:
     ropeDim: dimensions,
     ropeTable,
   });
-  memory.own("other", kernels.pageTable.size + kernels.status.size + ropeTable.byteLength, kernels);
+  memory.own("other", kernels.bytes, kernels);
   const bytes = pageBytes(kv.format, kv);
   const chunkKv = memory.storage("activations", "chunk K and V", kernels.chunkKvBytes);
   const pages: GPUBuffer[] = [];
@@ -89,21 +74,8 @@ export async function createKvCache(gpu: Gpu, memory: MemoryAccount, descriptor:
     layers,
     pageBytes: bytes,
     pages,
-    prepareDecode: (rows, index) => prepareDecode(kernels, kv.residualTokens, rows, index),
     setPages: pageTableWriter(kernels, limits),
   };
-}
-
-function prepareDecode(
-  kernels: KvKernels,
-  window: number,
-  rows: readonly { readonly slot: number; readonly position: number }[],
-  index: number,
-): DecodeStep {
-  const now = rows.map(({ slot, position }) => ({ slot, position: position + index }));
-  const full = now.filter(({ position }) => (position + 1) % window === 0);
-  const windows = full.map(({ slot, position }) => ({ slot, position: position + 1 - window }));
-  return { attend: kernels.prepareDecode(now), seal: full.length > 0 ? kernels.prepareSeal(windows) : undefined };
 }
 
 function pageTableWriter(kernels: KvKernels, limits: RunnerLimits): KvCache["setPages"] {

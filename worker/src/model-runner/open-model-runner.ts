@@ -111,8 +111,7 @@ async function assemble(
   const { config } = model;
   const { maxPrefillRows, maxSequences, vocabulary } = limits;
   const emulated = options.emulatedMatrices ?? false;
-  // Attention still writes f32.
-  const type = usableActivations(emulated ? activationType(gpu, "f16") : "f32", config);
+  const type = usableActivations(activationType(gpu, emulated ? "f16" : undefined), config);
   const shape = { type, maxPrefillRows, maxSequences };
   const planned = createActivations(memory, config, { ...shape, fusedGate: type === "f16" });
   const cache = await createKvCache(gpu, memory, { config, kv, limits, activations: planned, numerics });

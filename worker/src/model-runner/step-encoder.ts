@@ -35,8 +35,8 @@ export class StepEncoder {
   }
 
   /** Whether the step's time on the GPU is measured. */
-  static timed({ decodeSteps = 1 }: StepPlan, sampled: SampledRows): boolean {
-    return sampled.logits === 0 && decodeSteps === 1;
+  static timed(sampled: SampledRows): boolean {
+    return sampled.logits === 0;
   }
 
   /** Encodes and submits. */
@@ -45,7 +45,7 @@ export class StepEncoder {
     const { gpu, cache, readback } = this.#parts;
     for (const { slot, pageTable } of prefill) cache.setPages(slot, pageTable);
     for (const { slot, pageTable } of decode) cache.setPages(slot, pageTable);
-    const timed = StepEncoder.timed(plan, sampled);
+    const timed = StepEncoder.timed(sampled);
     const step = new StepPass(gpu.device, timed ? entry : undefined);
     const prefilled = sampled.slots.length - decode.length * decodeSteps;
     // Prefill comes last: its rows of the residual stream stay for scoring.
@@ -69,13 +69,11 @@ export class StepEncoder {
     decode.head.prepare(rows.map(({ sample, position }, row): HeadRow => ({ row, sample, position: position + 1 })));
     const copies = this.#logitsCopies(sampled, log, rows.length, entry);
     tokens.load.encode(step.pass, rows.length);
-    for (let index = 0; index < steps; index++) {
-      // The tables of a step are written before its submit.
-      if (index > 0) step.flush();
-      const { attend, seal } = cache.prepareDecode(rows, index);
+    const plans = cache.kernels.prepareDecodeSteps(rows, steps);
+    for (const [index, { attend, seal }] of plans.entries()) {
       const { pass } = step;
       decode.stack.encode(pass, rows.length, (layer) => layer.encodeDecode(pass, attend));
-      if (seal !== undefined) for (const layer of cache.layers) layer.encodeSeal(pass, seal);
+      if (seal.blocks > 0) for (const layer of cache.layers) layer.encodeSeal(pass, seal);
       decode.head.encode(step, rows.length, log + index * rows.length, copies);
     }
   }

@@ -2,14 +2,12 @@
 import type { ReadbackEntry } from "./step-readback.ts";
 
 export class StepPass {
-  encoder: GPUCommandEncoder;
-  readonly #device: GPUDevice;
+  readonly encoder: GPUCommandEncoder;
   readonly #descriptor: GPUComputePassDescriptor | undefined;
   #pass: GPUComputePassEncoder | undefined;
 
   /** @param timed where the times of the pass go; only for steps without copies. */
   constructor(device: GPUDevice, timed?: ReadbackEntry) {
-    this.#device = device;
     this.encoder = device.createCommandEncoder();
     if (timed?.querySet === undefined) return;
     const { querySet } = timed;
@@ -19,13 +17,6 @@ export class StepPass {
   get pass(): GPUComputePassEncoder {
     this.#pass ??= this.encoder.beginComputePass(this.#descriptor);
     return this.#pass;
-  }
-
-  /** Submits what was encoded so far. */
-  flush(): void {
-    this.end();
-    this.#device.queue.submit([this.encoder.finish()]);
-    this.encoder = this.#device.createCommandEncoder();
   }
 
   /** Ends the pass, for copies; the next dispatch begins another. */
