@@ -27,8 +27,12 @@ export interface MatrixTile {
   readonly fragments?: boolean;
   readonly late?: boolean;
   readonly band?: number;
-  readonly fixed?: { n: number; k: number };
+  readonly fixed?: { k: number };
   readonly pad?: number;
+  readonly map?: "linear";
+  readonly lazy?: boolean;
+  readonly unroll2?: boolean;
+  readonly noClamp?: boolean;
 }
 
 export interface MatrixPrefillOptions {
@@ -73,33 +77,48 @@ function guarded(count: number, threads: number, i: number, text: string): strin
   return (i + 1) * threads <= count ? text : `if (thread < ${count - i * threads}u) { ${text} }`;
 }
 
+/**
+ * Which line and which piece of it a thread stages. Eight neighbours fetch whole cache lines, and what they store must
+ * fall into different banks: two lines of four pieces are four lines apart (lines are an odd number of vec4s).
+ */
+function assignment(tile: MatrixTile, pieces: number) {
+  const paired = pieces === 4 && tile.map !== "linear";
+  return {
+    lines: tileThreads(tile) / pieces,
+    line: paired ? "(subgroup * 8u + ((lane >> 2u) & 1u) * 4u + (lane >> 3u))" : `(thread / ${pieces}u)`,
+    piece: `(thread % ${pieces}u)`,
+  };
+}
+
 function stageInput(tile: MatrixTile, lineVectors: number): Staging {
   const threads = tileThreads(tile);
   const vectors = tile.depth / 8;
   const count = tileRows(tile) * vectors;
   const units = range(Math.ceil(count / threads));
-  const row = (i: number) => `((thread + ${i * threads}u) / ${vectors}u)`;
-  const column = `(thread % ${vectors}u)`;
-  const fetch = (i: number, at: string) => `input[inputAt${i} + (${at}) / 8u]`;
+  const { lines, line, piece } = assignment(tile, vectors);
+  const at = (i: number, column: string) => `inputAt + (${column}) / 8u + ${i * lines}u * (k / 8u)`;
+  const fetch = (i: number, column: string) => tile.noClamp ? `input[${at(i, column)}]` : `input[min(${at(i, column)}, inputLast)]`;
   return {
-    setup: units
-      .map((i) => `let inputAt${i} = min(firstRow + ${row(i)}, parameters.rows - 1u) * (k / 8u) + ${column};`)
-      .join("\n  "),
+    setup: `let inputLast = parameters.rows * (k / 8u) - 1u;
+  let inputAt = (firstRow + ${line}) * (k / 8u) + ${piece};
+  let inputTo = ${line} * ${lineVectors}u + ${piece};`,
     declare: units.map((i) => `var input${i} = ${fetch(i, "0u")};`).join("\n  "),
-    fetch: (at) => units.map((i) => `input${i} = ${fetch(i, at)};`).join("\n    "),
-    store: (at) =>
+    fetch: (column) => units.map((i) => `input${i} = ${fetch(i, column)};`).join("\n    "),
+    store: (to) =>
       units
-        .map((i) => guarded(count, threads, i, `staged[${at} + ${row(i)} * ${lineVectors}u + ${column}] = input${i};`))
+        .map((i) => guarded(count, threads, i, `staged[${to} + inputTo + ${i * lines * lineVectors}u] = input${i};`))
         .join("\n    "),
   };
 }
 
-/** Text of the weight's row for row `line` of the tile, clamped into the matrix. */
-function weightRow(tile: MatrixTile, epilogue: "none" | "silu-mul", line: string): string {
-  if (epilogue === "none") return `min(firstOutput + ${line}, n - 1u)`;
-  const lines = tile.tilesN * MATRIX_SIZE;
-  const half = lines / 2;
-  return `min(firstOutput + (${line} / ${lines}u) * ${half}u + ${line} % ${half}u, n / 2u - 1u) + select(0u, n / 2u, ${line} % ${lines}u >= ${half}u)`;
+/** Texts of the weight's row that a tile's line holds: of a thread's first line, and what its i-th is ahead of that. */
+function weightLines(tile: MatrixTile, epilogue: "none" | "silu-mul", lines: number, line: string) {
+  if (epilogue === "none") return { first: `firstOutput + ${line}`, ahead: (i: number) => `${i * lines}u` };
+  const half = tile.tilesN * 8;
+  const upper = (text: string) => `select(0u, n / 2u, ${text} % ${2 * half}u >= ${half}u)`;
+  const row = (text: string) => `(${text} / ${2 * half}u) * ${half}u + ${text} % ${half}u + ${upper(text)}`;
+  if (half % lines !== 0 && lines % (2 * half) !== 0) throw new RangeError(`${lines} lines of ${half} gates`);
+  return { first: `firstOutput + ${row(line)}`, ahead: (i: number) => `(${row(`${i * lines}u`)})` };
 }
 
 function stageWeights(
@@ -112,23 +131,31 @@ function stageWeights(
   const perLine = tile.depth / unit.columns;
   const count = tileOutputs(tile) * perLine;
   const units = range(Math.ceil(count / threads));
-  const line = (i: number) => `((thread + ${i * threads}u) / ${perLine}u)`;
-  const column = `(thread % ${perLine}u)`;
+  const { lines, line, piece } = assignment(tile, perLine);
+  const { first, ahead } = weightLines(tile, epilogue, lines, line);
   const names = (i: number) => unit.fields.map((field) => `${field.name}${i}`);
-  const fetch = (i: number, at: string) => unit.fetch(`weightRow${i}`, `((${at}) / ${unit.columns}u + ${column})`, "k");
-  const each = (write: (i: number, field: number) => string) =>
-    units.flatMap((i) => unit.fields.map((_, field) => write(i, field))).join("\n    ");
+  const rowUnits = `(k / ${unit.columns}u)`;
+  const each = (column: string, write: (name: string, value: string) => string) =>
+    units
+      .map((i) => {
+        const at = `weightAt + (${column}) / ${unit.columns}u + ${ahead(i)} * ${rowUnits}`;
+        const values = unit.fetchAt("at");
+        const lets = `{ let at = ${tile.noClamp ? at : `min(${at}, weightLast)`}; ${names(i).map((name, field) => write(name, values[field] as string)).join(" ")} }`;
+        return lets;
+      })
+      .join("\n    ");
   return {
-    setup: units
-      .map((i) => `let weightRow${i} = ${weightRow(tile, epilogue, `min(${line(i)}, ${tileOutputs(tile) - 1}u)`)};`)
-      .join("\n  "),
-    declare: each((i, field) => `var ${names(i)[field]} = ${fetch(i, "0u")[field]};`),
-    fetch: (at) => each((i, field) => `${names(i)[field]} = ${fetch(i, at)[field]};`),
-    store: (at) =>
+    setup: `let weightLast = n * ${rowUnits} - 1u;
+  let weightAt = (${first}) * ${rowUnits} + ${piece};
+  let weightTo = ${line} * ${lineVectors}u + ${piece} * ${unit.columns / 8}u;`,
+    declare: `${units.flatMap((i) => unit.fields.map((field, f) => `var ${names(i)[f]} = ${field.type}();`)).join(" ")}
+  ${each("0u", (name, value) => `${name} = ${value};`)}`,
+    fetch: (column) => each(column, (name, value) => `${name} = ${value};`),
+    store: (to) =>
       units
         .map((i) => {
-          const to = `${at} + ${line(i)} * ${lineVectors}u + ${column} * ${unit.columns / 8}u`;
-          const stores = unit.halves(names(i)).map((halves, v) => `staged[${to} + ${v}u] = ${halves};`);
+          const base = `${to} + weightTo + ${i * lines * lineVectors}u`;
+          const stores = unit.halves(names(i)).map((halves, v) => `staged[${base} + ${v}u] = ${halves};`);
           return guarded(count, threads, i, stores.join(" "));
         })
         .join("\n    "),
@@ -156,6 +183,13 @@ function slice(tile: MatrixTile, dialect: MatrixDialect, lineVectors: number) {
         }),
       ),
     ],
+    lazy: (kk: number, buffer: string) => [
+      ...ns.map((n) => dialect.loadRight(`b${n}`, { ...source("staged", "weightBase", buffer, n, kk), major: "column" })),
+      ...ms.flatMap((m) => [
+        dialect.loadLeft(`a${m}`, { ...source("staged", "inputBase", buffer, m, kk), major: "row" }),
+        ...ns.map((n) => dialect.multiplyAccumulate(`c${m}_${n}`, `a${m}`, `b${n}`)),
+      ]),
+    ],
     multiply: (prefix: string) =>
       ms.flatMap((m) => ns.map((n) => dialect.multiplyAccumulate(`c${m}_${n}`, `${prefix}a${m}`, `${prefix}b${n}`))),
   };
@@ -170,7 +204,7 @@ function walk(tile: MatrixTile, input: Staging, weights: Staging, dialect: Matri
   const weightsAt = `${tileRows(tile) * lineVectors}u`;
   const compute = (buffer: string) =>
     slices
-      .map((kk) => `{\n    ${[...parts.load("", kk, buffer), ...parts.multiply("")].join("\n    ")}\n    }`)
+      .map((kk) => `{\n    ${(tile.lazy ? parts.lazy(kk, buffer) : [...parts.load("", kk, buffer), ...parts.multiply("")]).join("\n    ")}\n    }`)
       .join("\n    ");
   const store = (buffer: string) => `${input.store(buffer)}
     ${weights.store(`${buffer} + ${weightsAt}`)}`;
@@ -225,6 +259,19 @@ function walk(tile: MatrixTile, input: Staging, weights: Staging, dialect: Matri
     ${carried("f_")
       .map((name, i) => `${name} = ${from[i]};`)
       .join(" ")}
+  }`;
+  }
+  if (tile.unroll2) {
+    const half = (now: string, other: string, ahead: number) => `${store(other)}
+    { let next = min(column + ${ahead * depth}u, k - ${depth}u);
+    ${input.fetch("next")}
+    ${weights.fetch("next")} }
+    ${compute(now)}
+    workgroupBarrier();`;
+    return `${first}
+  for (var column = 0u; column < k; column += ${2 * depth}u) {
+    ${half("0u", `${bufferVectors}u`, 2)}
+    ${half(`${bufferVectors}u`, "0u", 3)}
   }`;
   }
   return `${first}
@@ -347,7 +394,7 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(num_workgroups) groups: ve
   let lane = thread % ${MATRIX_THREADS}u;
   let subgroup = thread / ${MATRIX_THREADS}u;
   let k = ${tile.fixed ? `${tile.fixed.k}u` : "parameters.k"};
-  let n = ${tile.fixed ? `${tile.fixed.n}u` : "parameters.n"};
+  let n = parameters.n;
   ${order}
   let inputBase = (subgroup / ${subgroupsN}u) * ${tilesM * MATRIX_SIZE * lineVectors}u;
   let weightBase = ${tileRows(tile) * lineVectors}u + (subgroup % ${subgroupsN}u) * ${tilesN * MATRIX_SIZE * lineVectors}u;

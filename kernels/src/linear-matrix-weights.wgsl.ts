@@ -28,6 +28,8 @@ export interface MatrixWeightUnit {
    * @param k text: K as u32.
    */
   fetch(output: string, unit: string, k: string): readonly string[];
+  /** The same; `at` is a name or constant: index of the unit in the whole matrix, output * (K / columns) + unit. */
+  fetchAt(at: string): readonly string[];
   /** Expressions (`vec4<u32>`, 8 halves each, columns in order) from texts of the fields, in their order: columns / 8. */
   halves(fields: readonly string[]): readonly string[];
   /** Module-scope functions that the expressions call; may hold `PACK_HALVES_WGSL`. */
@@ -43,6 +45,7 @@ function floatUnit(format: "f32" | "f16" | "bf16"): MatrixWeightUnit {
         columns: 8,
         fields: [CODES],
         fetch: (output, unit, k) => [`codes[${output} * (${k} / 8u) + ${unit}]`],
+        fetchAt: (at) => [`codes[${at}]`],
         halves: ([codes]) => [`${codes}`],
         functions: "",
       };
@@ -51,6 +54,7 @@ function floatUnit(format: "f32" | "f16" | "bf16"): MatrixWeightUnit {
         columns: 8,
         fields: [CODES],
         fetch: (output, unit, k) => [`codes[${output} * (${k} / 8u) + ${unit}]`],
+        fetchAt: (at) => [`codes[${at}]`],
         halves: ([codes]) => [`halvesOfBrain(${codes})`],
         functions: `${PACK_HALVES_WGSL}
 fn halvesOfBrain(c: vec4<u32>) -> vec4<u32> {
@@ -65,6 +69,7 @@ fn halvesOfBrain(c: vec4<u32>) -> vec4<u32> {
         columns: 8,
         fields: [CODES, { name: "more", type: "vec4<u32>" }],
         fetch: (output, unit, k) => [0, 1].map((half) => `codes[${output} * (${k} / 4u) + (${unit}) * 2u + ${half}u]`),
+        fetchAt: (at) => [`codes[${at} * 2u]`, `codes[${at} * 2u + 1u]`],
         halves: ([low, high]) => [`vec4<u32>(packHalves(bitcast<vec4f>(${low})), packHalves(bitcast<vec4f>(${high})))`],
         functions: PACK_HALVES_WGSL,
       };
@@ -77,8 +82,12 @@ function scaleField({ scales }: WeightEncoding): WeightField {
 }
 
 function fetchScale({ scales, group }: WeightEncoding, output: string, column: string, k: string): string {
-  const at = `${output} * (${k} / ${group}u) + (${column}) / ${group}u`;
-  return scales === "pair32" ? `vec2<u32>(scales[(${at}) * 2u], scales[(${at}) * 2u + 1u])` : `scales[${at}]`;
+  return scaleAt({ scales }, `(${output} * (${k} / ${group}u) + (${column}) / ${group}u)`);
+}
+
+/** Scale of group `at` of the whole matrix. */
+function scaleAt({ scales }: Pick<WeightEncoding, "scales">, at: string): string {
+  return scales === "pair32" ? `vec2<u32>(scales[${at} * 2u], scales[${at} * 2u + 1u])` : `scales[${at}]`;
 }
 
 /** Whether the scales were f16 in the file: then f16 arithmetic loses nothing. */
@@ -168,6 +177,7 @@ function codedUnit(encoding: WeightEncoding, format: "q8" | "q4", shaderF16: boo
       `codes[${output} * (${k} / ${columns}u) + ${unit}]`,
       fetchScale(encoding, output, `(${unit}) * ${columns}u`, k),
     ],
+    fetchAt: (at) => [`codes[${at}]`, scaleAt(encoding, columns === encoding.group ? at : `(${at} / 2u)`)],
     halves: ([codes, scale]) =>
       (format === "q8" ? ["signedBytes"] : ["lowNibbles", "highNibbles"]).flatMap((decode) => [
         pair(`${codes}.x`, `${codes}.y`, decode, `${scale}`),
