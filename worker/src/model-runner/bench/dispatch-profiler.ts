@@ -18,20 +18,21 @@ export interface DispatchProfiler {
   stop(): void;
 }
 
-type ImmediatePass = GPUComputePassEncoder & { setImmediates(offset: number, data: ArrayBufferView): void };
+type ImmediatePass = GPUComputePassEncoder & { setImmediates(offset: number, data: Immediates): void };
+type Immediates = Uint32Array | ArrayBuffer;
 
 /** Records what a dispatch needs and runs it in a pass of its own. */
 function timedPass(encoder: GPUCommandEncoder, querySet: GPUQuerySet, labels: string[]): object {
   let pipeline: GPUComputePipeline | undefined;
   const groups = new Map<number, GPUBindGroup>();
-  let immediates: Uint32Array | undefined;
+  let immediates: Immediates | undefined;
   return {
     setPipeline: (next: GPUComputePipeline) => {
       pipeline = next;
       immediates = undefined;
     },
     setBindGroup: (index: number, group: GPUBindGroup) => groups.set(index, group),
-    setImmediates: (_offset: number, data: Uint32Array) => {
+    setImmediates: (_offset: number, data: Immediates) => {
       immediates = data.slice();
     },
     dispatchWorkgroups: (x: number, y = 1, z = 1) => {
