@@ -17,8 +17,10 @@ export interface PrefillMatrixPlan {
   readonly columnGroups: number;
   /** Where the queries stay: as matrices in registers (device only), or in workgroup memory. */
   readonly queries: "registers" | "shared";
-  /** When the words to stage are loaded: before the products, before the softmax, or after it. */
-  readonly loads: "early" | "middle" | "late";
+  /** When the words to stage are loaded: one phase early, or where they are unpacked. */
+  readonly loads: "early" | "late";
+  /** What comes first in each phase; staggered: matrices for half of the subgroups, the rest for the others. */
+  readonly order: "matrices first" | "vectors first" | "staggered";
 }
 
 export interface PrefillMatrixTemplate {

@@ -3,10 +3,7 @@
  *
  * A workgroup takes a tile of rows and some query heads of one KV head. For 32 tokens at a time, keys and values are
  * unpacked once to f16 rows in workgroup memory; logits go through workgroup memory to the threads that own the queries
- * (softmax), and come back as f16 weights. Two phases a step, a barrier after each:
- *
- *   vectors:  softmax of tile t; unpack values of t and keys of t + 1
- *   matrices: output += weights(t) * values(t); logits(t + 1) = queries * keys(t + 1)
+ * (softmax), and come back as f16 weights. The order of `tileLoop` puts other work beside both products.
  *
  * Matrices cannot be scaled by rows. So a query keeps a reference maximum, weights are exp2(logit - reference), and only
  * where a logit exceeds its reference by more than 8 is the output taken through workgroup memory to scale that query's row
@@ -26,13 +23,7 @@ import {
   prefillMatrixSizes,
 } from "./kv-prefill-matrix-plan.ts";
 import { rotateRows } from "./kv-prefill-matrix-rotation.wgsl.ts";
-import {
-  type Staging,
-  sealedKeys,
-  sealedValues,
-  stagingFunctions,
-  windowRows,
-} from "./kv-prefill-matrix-stage.wgsl.ts";
+import { sealedKeys, sealedValues, stagingFunctions, windowRows } from "./kv-prefill-matrix-stage.wgsl.ts";
 import { type MatrixDialect, matrixDialect } from "./subgroup-matrix.ts";
 
 /** A logit may exceed its query's reference by this many powers of two: weights stay far below f16's 65504. */
@@ -143,45 +134,69 @@ function products(context: Context): string {
   );
 }
 
-/** Weights of a tile of logits; leaves `factor`, by which this query's output must be scaled. */
-function softmax(context: Context, masked: boolean): string {
-  const { s } = context;
-  const vectors = KEY_TILE / 4;
-  const own = vectors / s.rowThreads;
-  const load = (name: string, at: string) =>
-    masked
-      ? `let seen${name} = vec4<u32>(firstToken + 4u * (${at})) + vec4<u32>(0u, 1u, 2u, 3u) <= vec4<u32>(see); let ${name} = select(vec4f(${SENTINEL}), board[logitRow + ${at}], seen${name});`
-      : `let ${name} = board[logitRow + ${at}];`;
-  const weight = (name: string) =>
-    masked ? `select(vec4f(0.0), exp2(${name} - top), seen${name})` : `exp2(${name} - top)`;
-  return `{
-    var most = vec4f(${SENTINEL});
-    ${loop(context, "j", vectors, (j) => `${load("x", j)} most = max(most, x);`)}
-    let best = max(max(most.x, most.y), max(most.z, most.w));
-    factor = 1.0;
-    if (best > top + ${HEADROOM}) {
-      factor = exp2(top - best);
-      top = best;
-      total *= factor;
-      if (total > 0.0) { kv[${s.d / 8}u].x = 1u; }
-    }
+/** Statements that read logits `at` of the thread's query as `name`, and how a logit becomes a weight. */
+function readLogits(masked: boolean) {
+  return {
+    load: (name: string, at: string) =>
+      masked
+        ? `let seen${name} = vec4<u32>(firstToken + 4u * (${at})) + vec4<u32>(0u, 1u, 2u, 3u) <= vec4<u32>(see); let ${name} = select(vec4f(${SENTINEL}), board[logitRow + ${at}], seen${name});`
+        : `let ${name} = board[logitRow + ${at}];`,
+    weight: (name: string) => (masked ? `select(vec4f(0.0), exp2(${name} - top), seen${name})` : `exp2(${name} - top)`),
+  };
+}
+
+/** Statements: `best` becomes the largest of all logits of the thread's query. */
+function largest(context: Context, masked: boolean): string {
+  return `var most = vec4f(${SENTINEL});
+    ${loop(context, "j", KEY_TILE / 4, (j) => `${readLogits(masked).load("x", j)} most = max(most, x);`)}
+    let best = max(max(most.x, most.y), max(most.z, most.w));`;
+}
+
+/** Statements: the thread's part of its query's weights goes to `w`, their sum to `total`; `most` is the largest logit. */
+function weigh(context: Context, masked: boolean): string {
+  const own = KEY_TILE / 4 / context.s.rowThreads;
+  const { load, weight } = readLogits(masked);
+  return `var most = vec4f(${SENTINEL}); var sum = 0.0;
     ${loop(
       context,
       "j",
       own / 2,
-      (j) => `
-      let first = part * ${own}u + 2u * ${j};
+      (j) => `let first = part * ${own}u + 2u * ${j};
       ${load("x", "first")} ${load("y", "first + 1u")}
+      most = max(most, max(x, y));
       let p = ${weight("x")}; let q = ${weight("y")};
-      total += ((p.x + p.y) + (p.z + p.w)) + ((q.x + q.y) + (q.z + q.w));
-      weights[weightRow + part * ${own / 2}u + ${j}] = vec4<u32>(pack2x16float(p.xy), pack2x16float(p.zw), pack2x16float(q.xy), pack2x16float(q.zw));
-    `,
+      sum += ((p.x + p.y) + (p.z + p.w)) + ((q.x + q.y) + (q.z + q.w));
+      w[${j}] = vec4<u32>(pack2x16float(p.xy), pack2x16float(p.zw), pack2x16float(q.xy), pack2x16float(q.zw));`,
     )}
-  }`;
+    total = fma(before, factor, sum);`;
 }
 
-/** Scales every query's output by its `factor`, 32 channels at a time through `board`. */
-function rescueText(context: Context): string {
+/** The same statements for sealed tiles, which all queries see, and for the window's. */
+function eitherPhase({ template }: Context, text: (masked: boolean) => string): string {
+  // Software drivers compile one text faster than two; a device need not mask what all queries see.
+  if (template.dialect === "emulated") return `{ ${text(true)} }`;
+  return `if (isSealed) { ${text(false)} } else { ${text(true)} }`;
+}
+
+/** Softmax of tile t against the query's reference `top`; asks for the slow path where a logit exceeds it by too much. */
+function softmax(context: Context): string {
+  const { s } = context;
+  return `let firstToken = t * ${KEY_TILE}u;
+    if (t == 0u && (isSealed || sealed == 0u)) { ${largest(context, true)} top = best; }
+    before = total;
+    let factor = 1.0;
+    ${eitherPhase(
+      context,
+      (masked) => `${weigh(context, masked)}
+    if (max(max(most.x, most.y), max(most.z, most.w)) > top + ${HEADROOM}) { kv[${s.d / 8}u].x = 1u; }`,
+    )}`;
+}
+
+/**
+ * The slow path of tile t: queries whose logits exceed their reference take a new one; every query's output is scaled, by
+ * 1 for the others, 32 channels at a time through `board`.
+ */
+function rescue(context: Context): string {
   const { s, dialect, template } = context;
   const { rowBlocks, columnGroups } = template.plan;
   const perRound = 2 / columnGroups;
@@ -204,95 +219,127 @@ function rescueText(context: Context): string {
       " ",
     );
   return `if (thread == 0u) { kv[${s.d / 8}u].x = 0u; }
+    let firstToken = t * ${KEY_TILE}u;
+    var factor = 1.0;
+    {
+    ${largest(context, true)}
+    if (best > top + ${HEADROOM}) {
+      factor = exp2(top - best);
+      top = best;
+      ${weigh(context, true)}
+    }
+    }
     ${each(
       rounds,
-      (
-        round,
-      ) => `${blocks(round, (r, c, at) => dialect.storeVectors("board", "vec4f", at, `${s.logitVectors}u`, `o${r}_${c}`))}
+      (round) => `workgroupBarrier();
+    ${blocks(round, (r, c, at) => dialect.storeVectors("board", "vec4f", at, `${s.logitVectors}u`, `o${r}_${c}`))}
     workgroupBarrier();
     ${each(own, (j) => `board[logitRow + part * ${own}u + ${j}u] *= factor;`, " ")}
     workgroupBarrier();
     ${blocks(round, (r, c, at) => loadVectors(context, at, `${s.logitVectors}u`, `o${r}_${c}`))}`,
-      "\n    workgroupBarrier();\n    ",
+      "\n    ",
     )}
     workgroupBarrier();`;
 }
 
-/** Text that stages the values of one tile and the keys of the next: sealed in the first phase, the window's in the second. */
-function staging({ template, s }: Context) {
-  const { format, shape } = template;
+/** Text that brings tiles of keys, or of values, to workgroup memory: sealed in the first phase, else the window's. */
+interface TileStaging {
+  readonly declarations: string;
+  /** Statement: loads tile `tile` (text), or the last one. Nothing where `store` does it. */
+  load(tile: string): string;
+  store(tile: string): string;
+}
+
+function staging({ template, s }: Context, side: "key" | "value"): TileStaging {
+  const { format, shape, plan } = template;
   const layout = kvPageLayout(format, shape);
   const groups = shape.blockTokens / KEY_TILE;
-  const values = `${KEY_TILE * s.rowVectors}u`;
-  const sealed = [sealedKeys(template, "0u"), sealedValues(template, values)];
-  const window = [windowRows(template, "key", "0u"), windowRows(template, "value", values)];
-  const page = (side: "key" | "value") =>
-    `let ${side}Start = pageTable[tile.w * ${template.maxPages}u + ${side}Tile / ${groups}u] * ${layout.page}u;
-    let ${side}Page = ${side}Start + kvHead * ${layout.head}u; let ${side}Group = ${side}Tile % ${groups}u;`;
-  const locateSealed = `${page("key")} ${page("value")} ${format.rotated ? `let keyNorms = keyStart + ${layout.norms}u;` : ""}`;
-  const locateWindow = `let keyFirst = keyTile * ${KEY_TILE}u; let valueFirst = valueTile * ${KEY_TILE}u;`;
-  const join = (parts: readonly Staging[], of: keyof Staging) => parts.map((part) => part[of]).join("\n");
-  const tiles = (valueTile: string, keyTile: string) =>
-    `let keyTile = min(${keyTile}, count - 1u); let valueTile = min(${valueTile}, count - 1u);`;
+  const base = side === "key" ? "0u" : `${KEY_TILE * s.rowVectors}u`;
+  const sealed = side === "key" ? sealedKeys(template, base) : sealedValues(template, base);
+  const window = windowRows(template, side, base);
+  const locateSealed = `let ${side}Start = pageTable[tile.w * ${template.maxPages}u + index / ${groups}u] * ${layout.page}u;
+    let ${side}Page = ${side}Start + kvHead * ${layout.head}u; let ${side}Group = index % ${groups}u;
+    ${side === "key" && format.rotated ? `let keyNorms = keyStart + ${layout.norms}u;` : ""}`;
+  const locateWindow = `let ${side}First = index * ${KEY_TILE}u;`;
+  const early = plan.loads === "early";
   return {
-    declarations: join([...sealed, ...window], "declarations"),
-    load: (valueTile: string, keyTile: string) => `{ ${tiles(valueTile, keyTile)}
+    declarations: `${sealed.declarations}\n${window.declarations}`,
+    load: (tile) =>
+      early
+        ? `{ let index = min(${tile}, count - 1u);
     if (isSealed) { ${locateSealed}
-${join(sealed, "loads")}
+${sealed.loads}
     } else { ${locateWindow}
-${join(window, "loads")}
-    } }`,
-    store: `if (isSealed) {
-${join(sealed, "stores")}
-    } else {
-${join(window, "stores")}
-    }`,
-    loadAndStore: (valueTile: string, keyTile: string) => `{ ${tiles(valueTile, keyTile)}
-    if (isSealed) { ${locateSealed}
-${join(sealed, "loads")}
-${join(sealed, "stores")}
-    } else { ${locateWindow}
-${join(window, "loads")}
-${join(window, "stores")}
+${window.loads}
+    } }`
+        : "",
+    store: (tile) => `{ ${early ? "" : `let index = min(${tile}, count - 1u);`}
+    if (isSealed) { ${early ? "" : `${locateSealed}\n${sealed.loads}`}
+${sealed.stores}
+    } else { ${early ? "" : `${locateWindow}\n${window.loads}`}
+${window.stores}
     } }`,
   };
 }
 
+/** Two texts of one phase: where staggered, half of the subgroups run the second one first. */
+function together({ template, s }: Context, matrices: string, vectors: string): string {
+  if (template.plan.order === "vectors first") return `${vectors}\n    ${matrices}`;
+  if (template.plan.order === "matrices first") return `${matrices}\n    ${vectors}`;
+  return `for (var half = 0u; half < 2u; half++) {
+    if ((half == 0u) == (thread < ${s.threads / 2}u)) { ${matrices} } else { ${vectors} }
+    }`;
+}
+
 /**
- * The loop over tiles of a phase. Step t: softmax of tile t - 1 beside the staging of its values and of the keys of t;
- * then both products.
+ * The loop over tiles of a phase; step t has two parts, with a barrier after each. In each one half of the threads' work
+ * is matrices and half is not:
+ *
+ *   logits of tile t                 | weights and values of t - 1 to workgroup memory
+ *   output += weights * values, t - 1 | softmax of t; keys of t + 1 to workgroup memory
  */
 function tileLoop(context: Context): string {
-  const { plan, dialect } = context.template;
-  const { declarations, load, store, loadAndStore } = staging(context);
-  const tiles = ["max(t, 1u) - 1u", "t"] as const;
-  // Software drivers compile one text faster than two; a device need not mask what all queries see.
-  const weights =
-    dialect === "device"
-      ? `if (isSealed) ${softmax(context, false)} else ${softmax(context, true)}`
-      : softmax(context, true);
-  return `${declarations}
-    ${plan.loads === "early" ? load("0u", "0u") : ""}
-    for (var t = 0u; t <= count; t++) {
+  const { s } = context;
+  const keys = staging(context, "key");
+  const values = staging(context, "value");
+  const own = KEY_TILE / 8 / s.rowThreads;
+  return `${keys.declarations}
+${values.declarations}
+    ${keys.load("0u")}
+    ${keys.store("0u")}
+    ${keys.load("1u")}
     workgroupBarrier();
-    ${plan.loads === "middle" ? load(...tiles) : ""}
-    if (t > 0u) {
-    let firstToken = (t - 1u) * ${KEY_TILE}u;
+    for (var t = 0u; t <= count; t++) {
+    ${together(
+      context,
+      `if (t < count) ${logits(context)}`,
+      `if (t > 0u) {
+    // staging
+    ${values.store("t - 1u")}
+    // staged
+    ${loop(context, "j", own, (j) => `weights[weightRow + part * ${own}u + ${j}] = w[${j}];`)}
+    }
+    ${values.load("t")}`,
+    )}
+    workgroupBarrier();
+    ${together(
+      context,
+      `if (t > 0u) {
+    ${products(context)}
+    }`,
+      `if (t < count) {
     // softmax
-    ${weights}
+    ${softmax(context)}
     // weights are there
     }
     // staging
-    ${plan.loads === "late" ? loadAndStore(...tiles) : store}
+    ${keys.store("t + 1u")}
     // staged
-    if (workgroupUniformLoad(&kv[${context.s.d / 8}u]).x != 0u) {
-    ${rescueText(context)}
+    ${keys.load("t + 2u")}`,
+    )}
+    if (workgroupUniformLoad(&kv[${s.d / 8}u]).x != 0u) {
+    ${rescue(context)}
     }
-    ${plan.loads === "early" ? load("t", "t + 1u") : ""}
-    if (t > 0u) {
-    ${products(context)}
-    }
-    if (t < count) ${logits(context)}
     }`;
 }
 
@@ -498,7 +545,9 @@ export function prefillMatrixWgsl(template: PrefillMatrixTemplate): string {
   if (thread == 0u) { kv[${s.d / 8}u].x = 0u; }
   var top = ${SENTINEL};
   var total = 0.0;
-  var factor = 1.0;
+  // The total before the last tile, and the thread's part of its weights.
+  var before = 0.0;
+  var w = array<vec4<u32>, ${KEY_TILE / 8 / s.rowThreads}>();
 ${outputs}
 ${matrices}
 ${phases(context)}
