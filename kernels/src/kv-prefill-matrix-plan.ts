@@ -23,6 +23,35 @@ export interface PrefillMatrixPlan {
   readonly order: "matrices first" | "vectors first" | "staggered";
 }
 
+/**
+ * How workgroups share the work for a shape: 128 queries (64 where heads are small), of as many heads of a KV head as
+ * divide them, and rows that do not cross a window. The choice depends on the model alone, never on a batch.
+ * @returns undefined where matrices do not fit the head size.
+ */
+export function planPrefillMatrix(
+  shape: KvShape,
+  heads: number,
+  dialect: "device" | "emulated",
+): PrefillMatrixPlan | undefined {
+  const { headDim, kvHeads, residualTokens } = shape;
+  if (headDim % (2 * MATRIX_SIZE) !== 0 || headDim > 128) return undefined;
+  const wanted = headDim > 64 ? 128 : 64;
+  const group = heads / kvHeads;
+  const fits = (count: number) => group % count === 0 && wanted % count === 0 && wanted / count >= MATRIX_SIZE;
+  const queryHeads = [8, 4, 2].find(fits) ?? 1;
+  const tileRows = Math.min(wanted / queryHeads, residualTokens);
+  const device = dialect === "device";
+  return {
+    tileRows,
+    queryHeads,
+    rowBlocks: 2,
+    columnGroups: 2,
+    queries: device ? "registers" : "shared",
+    loads: device ? "early" : "late",
+    order: "matrices first",
+  };
+}
+
 export interface PrefillMatrixTemplate {
   readonly format: KvFormat;
   readonly shape: KvShape;

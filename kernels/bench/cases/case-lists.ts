@@ -2,5 +2,6 @@
 import type { CaseList } from "../kernel-case.ts";
 import { decodeAttentionCases } from "./decode-attention.ts";
 import { gemmCases } from "./gemm.ts";
+import { prefillAttentionCases } from "./prefill-attention.ts";
 
-export const CASE_LISTS: readonly CaseList[] = [decodeAttentionCases, gemmCases];
+export const CASE_LISTS: readonly CaseList[] = [decodeAttentionCases, gemmCases, prefillAttentionCases];
