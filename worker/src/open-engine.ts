@@ -1,6 +1,6 @@
 /** An engine in this thread, for benches, evaluation and tests. */
 import { randomUUID } from "node:crypto";
-import { type Gpu, openGpu } from "@kivimesh/kernels";
+import { type Gpu, openGpu, selfTest } from "@kivimesh/kernels";
 import { ClusterError } from "@kivimesh/proto";
 import type { BlockTransfer } from "./block-transfer.ts";
 import { checkEngineConfig, type EngineConfig } from "./config.ts";
@@ -182,7 +182,7 @@ function fullRequest(simple: SimpleGeneration): GenerationRequest {
 
 async function openAdapter(adapter: string | undefined) {
   try {
-    return await openGpu(adapter === undefined ? {} : { adapter });
+    return await selfTest(await openGpu(adapter === undefined ? {} : { adapter }));
   } catch (error) {
     const message = error instanceof Error ? error.message : String(error);
     throw new ClusterError("GPU_UNAVAILABLE", message, { cause: error });

@@ -77,6 +77,9 @@ export async function startWorker(config: WorkerConfig, seams: WorkerSeams): Pro
     throw error;
   }
   const { model } = engine;
+  for (const fallback of model.device.fallbacks) {
+    logger.warn({ device: model.device.name, ...fallback }, "the self-test refused a kernel variant");
+  }
   logger.info(
     {
       model: model.name,
@@ -236,6 +239,7 @@ class RunningWorker implements WorkerService {
     const registry = workerMetrics({
       workerId: this.id,
       modelName: this.model.name,
+      refusedVariants: this.#engine.model.device.fallbacks.length,
       stats: () => this.#engine.lastStats,
       transfer: this.#transfer.counters,
       activeJobs,

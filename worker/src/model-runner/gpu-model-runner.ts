@@ -75,8 +75,8 @@ export class GpuModelRunner implements ModelRunner {
   }
 
   get device(): RunnerDevice {
-    const { name, profile, features } = this.#parts.gpu;
-    return { name, profile, features };
+    const { name, profile, features, fallbacks = [] } = this.#parts.gpu;
+    return { name, profile, features, fallbacks };
   }
 
   get lost(): Promise<string> {

@@ -128,6 +128,8 @@ export interface RunnerDevice {
   readonly name: string;
   readonly profile: DeviceProfile;
   readonly features: GpuFeatures;
+  /** Kernel variants that the start-up self-test refused, and why; plain ones run instead. */
+  readonly fallbacks: NonNullable<Gpu["fallbacks"]>;
 }
 
 export interface ModelRunner {

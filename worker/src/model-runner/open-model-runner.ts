@@ -1,5 +1,5 @@
 /** Puts a loaded model on the GPU. */
-import { activationType, DEFAULT_KV_FORMAT, type Gpu, GpuUnavailableError, openGpu } from "@kivimesh/kernels";
+import { activationType, DEFAULT_KV_FORMAT, type Gpu, GpuUnavailableError, openGpu, selfTest } from "@kivimesh/kernels";
 import { ClusterError } from "@kivimesh/proto";
 import type { ModelConfig } from "../model/model-config.ts";
 import { createActivations, gateIsFused, usableActivations, withGate } from "./activations.ts";
@@ -70,7 +70,7 @@ function runnerLimits(gpu: Gpu, config: ModelConfig, kv: KvGeometry, options: Op
 
 async function openDefaultGpu(): Promise<Gpu> {
   try {
-    return await openGpu();
+    return await selfTest(await openGpu());
   } catch (error) {
     if (!(error instanceof GpuUnavailableError)) throw error;
     throw new ClusterError("GPU_UNAVAILABLE", error.message, { cause: error });

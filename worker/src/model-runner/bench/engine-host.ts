@@ -33,7 +33,7 @@ function instantRunner(sequences: number): ModelRunner {
       maxDecodeSteps: 16,
       maxStepsInFlight: 3,
     },
-    device: { name: "none", profile: "hardware", features },
+    device: { name: "none", profile: "hardware", features, fallbacks: [] },
     lost: new Promise(() => undefined),
     async step({ prefill, decode, decodeSteps = 1 }: StepPlan) {
       const sampled: SampledToken[] = [];
