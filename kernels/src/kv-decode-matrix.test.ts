@@ -28,15 +28,16 @@ interface Case {
   readonly heads: number;
   readonly kvHeads: number;
   readonly queries: number;
-  readonly side: "wide" | "narrow";
+  readonly segmentGroups: number;
+  readonly keyChannels: 32 | 64;
 }
 
-// Two widths of codes on either side, both rotations, ragged query tiles, both places of the factors.
+// Two widths of codes on either side, rotation, ragged tiles of queries, all sizes of segments and rounds.
 const CASES: readonly Case[] = [
-  { format: "kivi2r", headDim: 64, heads: 3, kvHeads: 1, queries: 3, side: "narrow" },
-  { format: "kivi-k4v2", headDim: 64, heads: 5, kvHeads: 1, queries: 3, side: "narrow" },
-  { format: "kivi-k2v4", headDim: 64, heads: 2, kvHeads: 1, queries: 2, side: "wide" },
-  { format: "kivi2", headDim: 128, heads: 2, kvHeads: 2, queries: 1, side: "narrow" },
+  { format: "kivi2r", headDim: 64, heads: 3, kvHeads: 1, queries: 3, segmentGroups: 2, keyChannels: 32 },
+  { format: "kivi-k4v2", headDim: 64, heads: 5, kvHeads: 1, queries: 3, segmentGroups: 1, keyChannels: 64 },
+  { format: "kivi-k2v4", headDim: 64, heads: 5, kvHeads: 1, queries: 5, segmentGroups: 4, keyChannels: 32 },
+  { format: "kivi2", headDim: 128, heads: 2, kvHeads: 2, queries: 1, segmentGroups: 2, keyChannels: 32 },
 ];
 
 const BLOCK = 64;
@@ -173,17 +174,17 @@ function template(c: Case, random: Random): DecodeMatrixTemplate {
     heads: c.heads,
     queries: c.queries,
     maxPages: Math.ceil(MAX_POSITIONS / BLOCK),
-    segmentTokens: 64,
     scale: 1 / Math.sqrt(c.headDim),
     ropeDim: c.headDim / 2,
     ropeLayout: random.pick(["half", "interleaved"]),
     dialect: "emulated",
-    side: c.side,
+    segmentGroups: c.segmentGroups,
+    keyChannels: c.keyChannels,
   };
 }
 
 describe("decode split on 8-bit matrices, written out", () => {
-  test.each(CASES)("$format D $headDim $heads/$kvHeads $side", async (c) => {
+  test.each(CASES)("$format D $headDim $heads/$kvHeads", async (c) => {
     const random = seededRandom(`decode matrix ${c.format} ${c.headDim}`);
     const plan = template(c, random);
     const { headDim } = plan.shape;

@@ -1,0 +1,142 @@
+/** WGSL of the decode matrix kernel: queries, and logits of a group of 32 sealed tokens. */
+import { each, range } from "./kv-attention-template.ts";
+import { DECODE_MATRIX_THREADS, FACTOR_LINES } from "./kv-decode-matrix-dialect.ts";
+import {
+  FACTOR_LIMIT,
+  fields,
+  type Plan,
+  ROUNDING,
+  readSums,
+  storePieces,
+  storeSums,
+  sumTogether,
+} from "./kv-decode-matrix-plan.ts";
+import { codesPerWord, kvPageLayout } from "./kv-layout.ts";
+
+/** q of the lane's four channels (j, j + C/4, j + C/2, j + 3C/4 of a word of C codes), turned and rotated, as q{r}. */
+export function loadQueries({ template, d, queries, metaLanes }: Plan): string {
+  const { shape, heads, format } = template;
+  const width = (heads + 2 * shape.kvHeads) * d;
+  const gqa = heads / shape.kvHeads;
+  const quarter = codesPerWord(format.keyBits) / 4;
+  const scale = template.scale * Math.LOG2E * (format.rotated ? 1 / Math.sqrt(d) : 1);
+  const rotate = (r: number) =>
+    `q${r} = vec4f(q${r}.x + q${r}.y, q${r}.x - q${r}.y, q${r}.z + q${r}.w, q${r}.z - q${r}.w);
+  q${r} = vec4f(q${r}.x + q${r}.z, q${r}.y + q${r}.w, q${r}.x - q${r}.z, q${r}.y - q${r}.w);
+  ${each(Math.log2(metaLanes), (bit) => `q${r} = laneTurn(q${r}, ${1 << bit}u, lane);`, " ")}`;
+  return each(
+    queries,
+    (r) => `  let head${r} = kvHead * ${gqa}u + min(firstQuery + ${r}u, ${gqa - 1}u);
+  let from${r} = row * ${width}u + head${r} * ${d}u;
+  var q${r} = vec4f(${range(4)
+    .map((i) => `turnedQuery(from${r}, channel + ${i * quarter}u, position)`)
+    .join(", ")}) * ${scale};
+  ${format.rotated ? rotate(r) : ""}`,
+  );
+}
+
+/** Registers that hold a group's K, loaded one group ahead. */
+export const keyNames = ({ template, d }: Plan): readonly string[] => [
+  ...range(d / codesPerWord(template.format.keyBits) / 4).map((c) => `Code${c}`),
+  "Meta",
+  "Value",
+];
+
+/** Loads of group `g` of the split: K codes, K meta and V meta, norms. */
+export function keyLoads({ template, d }: Plan, g: string): string {
+  const words = d / codesPerWord(template.format.keyBits);
+  const layout = kvPageLayout(template.format, template.shape);
+  return `    { let page = laneRead(pageId, ${g}, lane); let group = (first + ${g}) % ${template.shape.blockTokens / 32}u;
+      let head = pageStart(page, kvHead); let codes = head + ${layout.keyCodes / 4}u + group * ${words * 8}u + lane;
+      ${each(words / 4, (c) => `nCode${c} = pages[codes + ${c * 32}u];`, " ")}
+      nMeta = pages[head + ${layout.keyMeta / 4}u + group * ${d / 4}u + metaLane];
+      nValue = pages[head + ${layout.valueMeta / 4}u + group * ${d / 4}u + metaLane];
+      ${template.format.rotated ? "nNorm = normWord(page, group * 16u + lane / 2u);" : ""} }`;
+}
+
+/** The lane's token of K codes of one round, a byte each, to workgroup memory. */
+function storeKeys({ template, keyStride, codes }: Plan, round: number): string {
+  const bits = template.format.keyBits;
+  const words = template.keyChannels / codesPerWord(bits);
+  const word = (i: number) => `kCode${Math.floor((round * words + i) / 4)}.${"xyzw"[(round * words + i) % 4]}`;
+  // A vec4 of bytes is one word of 2-bit codes, or two of 4-bit codes.
+  const perVector = bits === 2 ? 1 : 2;
+  return each(
+    words / perVector,
+    (v) =>
+      `staged[${codes + v}u + lane * ${keyStride}u] = vec4u(${range(perVector)
+        .flatMap((i) => range(8 / bits).map((j) => fields(word(v * perVector + i), bits, j)))
+        .join(", ")});`,
+    "\n    ",
+  );
+}
+
+/** q * scale of the group as two bytes a channel; sums of q * zero over the channels go to workgroup memory. */
+function foldQueries(plan: Plan): string {
+  const { template, queries, factors, zeros, queryStride, metaLanes } = plan;
+  const partner = codesPerWord(template.format.keyBits) / 8;
+  const mine = (text: string) =>
+    metaLanes < DECODE_MATRIX_THREADS ? `select(0.0, ${text}, lane < ${metaLanes}u)` : text;
+  const zeroSums = range(Math.ceil(queries / 8)).map((chunk) => {
+    const values = range(Math.min(8, queries - chunk * 8)).map((i) => `part${chunk * 8 + i}`);
+    const { text, size } = sumTogether(`zeroOf${chunk}`, values);
+    // All lanes that hold a value write it, which is the same.
+    return `${text}
+    staged[${zeros + 2 * chunk}u + zeroAt + lane / ${(32 / size) * 4}u][(lane / ${32 / size}u) & 3u] = bitcast<u32>(zeroOf${chunk});`;
+  });
+  return `    // The lane's four channels lie in its own meta words and in those of a partner.
+    let sent = select(kMeta.zw, kMeta.xy, upper);
+    let other = vec2u(laneXor(sent.x, ${partner}u, lane), laneXor(sent.y, ${partner}u, lane));
+    let own = select(vec4u(kMeta.x, other.x, kMeta.y, other.y), vec4u(other.x, kMeta.z, other.y, kMeta.w), upper);
+    let keyScale = scales(own); let keyZero = zeroPoints(own);
+${each(
+  queries,
+  (r) => `    let x${r} = q${r} * keyScale; let part${r} = ${mine(`dot(q${r}, keyZero)`)};
+    let y${r} = abs(x${r}); let most${r} = max(bitcast<f32>(laneMax(bitcast<u32>(max(max(y${r}.x, y${r}.y), max(y${r}.z, y${r}.w))), lane)), 1.0e-30);
+    let step${r} = most${r} * ${1 / FACTOR_LIMIT};
+    { let inverse = ${FACTOR_LIMIT}.0 / most${r};
+      let t = fma(x${r}, vec4f(inverse), vec4f(${ROUNDING}.0));
+      ${storePieces((line) => `${factors + line * queryStride}u + metaLane / 4u`, "jWord", r)} }`,
+)}
+    // Two places in turn: the other may still be read.
+    let zeroAt = (g & 1u) * ${Math.ceil(queries / 4)}u;
+    ${zeroSums.join("\n    ")}`;
+}
+
+/** Logits of group `begin + g` as logit{r} of the lane's token. */
+export function keyGroup(plan: Plan): string {
+  const { template, d, queries, tiles, keyStride, queryStride, factors, codes, zeros, dialect } = plan;
+  const { rotated } = template.format;
+  const perRound = template.keyChannels / 32;
+  return `    ${keyNames(plan)
+    .map((name) => `let k${name} = n${name};`)
+    .join(" ")} ${rotated ? "let kNorm = nNorm;" : ""}
+    let following = min(begin + g + 1u, count - 1u);
+${keyLoads(plan, "following")}
+    ${storeKeys(plan, 0)}
+${foldQueries(plan)}
+    ${each(tiles * 2, (i) => `var sum${i} = ${dialect.zero};`, " ")}
+${each(
+  d / template.keyChannels,
+  (round) => `${round === 0 ? "" : `    workgroupBarrier();\n    ${storeKeys(plan, round)}\n`}    workgroupBarrier();
+${each(perRound, (depth) => {
+  const k = round * perRound + depth;
+  return `    ${each(tiles, (t) => dialect.loadFactors(`f${t}_${k}`, { array: "staged", offset: `${factors + t * FACTOR_LINES * queryStride + 2 * k}u`, stride: queryStride }), " ")}
+${each(
+  2,
+  (
+    n,
+  ) => `    ${dialect.loadCodes(`c${k}_${n}`, { array: "staged", offset: `${codes + n * 16 * keyStride + 2 * depth}u`, stride: keyStride })}
+    ${each(tiles, (t) => dialect.multiplyAccumulate(`sum${t * 2 + n}`, `c${k}_${n}`, `f${t}_${k}`), " ")}`,
+)}`;
+})}`,
+)}
+    workgroupBarrier();
+    ${each(tiles, (t) => each(2, (n) => storeSums(plan, codes, t, n, `sum${t * 2 + n}`), " "), " ")}
+    workgroupBarrier();
+    ${rotated ? "let norm = unpack2x16float(kNorm >> ((lane & 1u) * 16u)).x;" : ""}
+    ${each(Math.ceil(queries / 4), (i) => `let zero${i} = bitcast<vec4f>(staged[${zeros + i}u + zeroAt]);`, " ")}
+    ${readSums(plan, "whole", codes)}
+    ${each(queries, (r) => `let logit${r} = fma(f32(whole${r}), step${r}, zero${r >> 2}.${"xyzw"[r & 3]})${rotated ? " * norm" : ""};`, "\n    ")}
+    workgroupBarrier();`;
+}
