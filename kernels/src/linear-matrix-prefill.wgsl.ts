@@ -1,14 +1,15 @@
 /**
  * Linear layer for many rows on subgroup matrices: f16 inputs, weights of any encoding in layout `rows`, f32 sums.
  *
- * A workgroup owns a tile of rows × outputs. Both operands of one step along K are staged as f16 in workgroup memory
- * (lines padded by one vec4, so that eight lines start in different banks), twice, with one barrier a step: the next step
- * is written while this one is multiplied, and the one after it is on its way in registers.
+ * A workgroup owns a tile of rows × outputs. Both operands of one step along K are staged as f16 in workgroup memory, in
+ * lines padded by one vec4, so that eight lines start in different banks; the next step is on its way in registers while
+ * this one is multiplied. What is known beforehand (N, K) is written into the text: with constant strides the driver
+ * fetches from one address plus constants and keeps all sums in registers.
  *
  * K is walked in order by every tile shape, and a sum sees only its own row and its own weights, so no result depends on
- * the number of rows, nor on the tile.
+ * the number of rows, nor on the tile. Tiles at the edge are moved back into the matrix rather than cut: what two tiles
+ * compute gets the same bits from both.
  */
-
 import { PACK_HALVES_WGSL } from "./half-output.wgsl.ts";
 import { type MatrixWeightUnit, matrixWeightUnit } from "./linear-matrix-weights.wgsl.ts";
 import { LINEAR_PARAMETERS } from "./linear-parameters.wgsl.ts";
@@ -20,25 +21,24 @@ export interface MatrixTile {
   readonly subgroupsM: number;
   readonly subgroupsN: number;
   readonly tilesM: number;
+  /** A power of two, so that `silu-mul` can give half of them to gates. */
   readonly tilesN: number;
-  /** Columns of K in a step: 32 or 64; K is a multiple. */
-  readonly depth: 16 | 32 | 64;
-  readonly buffers?: 1 | 2;
-  readonly fragments?: boolean;
-  readonly late?: boolean;
-  readonly band?: number;
-  readonly fixed?: { k: number };
-  readonly pad?: number;
-  readonly map?: "linear";
-  readonly lazy?: boolean;
-  readonly unroll2?: boolean;
-  readonly noClamp?: boolean;
 }
 
 export interface MatrixPrefillOptions {
   readonly encoding: WeightEncoding;
   readonly tile: MatrixTile;
+  /** Columns of K in a step; K is a multiple. */
+  readonly depth: 32 | 64;
   readonly epilogue: "none" | "silu-mul";
+  /** output += result, instead of output = result. */
+  readonly accumulate: boolean;
+  /** Every dispatch has at least a tile of rows; else rows are clamped, which costs. */
+  readonly wholeRows: boolean;
+  /** N is at least a tile of outputs. */
+  readonly wholeOutputs: boolean;
+  /** N and K in the text; without it they are read from the parameters, and shapes share one text. */
+  readonly shape?: { readonly outputs: number; readonly columns: number };
   readonly dialect: MatrixDialect;
   /** Unpacks codes with f16 arithmetic. */
   readonly shaderF16: boolean;
@@ -48,6 +48,7 @@ function range(count: number): number[] {
   return Array.from({ length: count }, (_, index) => index);
 }
 
+/** Rows of a tile. */
 export function tileRows(tile: MatrixTile): number {
   return tile.subgroupsM * tile.tilesM * MATRIX_SIZE;
 }
@@ -61,289 +62,201 @@ function tileThreads(tile: MatrixTile): number {
   return tile.subgroupsM * tile.subgroupsN * MATRIX_THREADS;
 }
 
-/** One operand's way from storage to workgroup memory: registers that every thread fills, and the stores. */
-interface Staging {
-  readonly setup: string;
-  /** `var` declarations with the first step. */
-  readonly declare: string;
-  /** Fetches the step whose first column is `column`. */
-  fetch(column: string): string;
-  /** Writes the registers to the buffer that starts at `at`. */
-  store(at: string): string;
+/** vec4s of a staged line. */
+function lineVectors({ depth }: MatrixPrefillOptions): number {
+  return depth / 8 + 1;
 }
 
-/** @param count units of a step. @param body text for the i-th unit of a thread. */
+/** One operand's way from storage to workgroup memory. */
+interface Staging {
+  /** Where the thread begins. */
+  readonly setup: string;
+  /** `var`s of the registers that hold what was fetched. */
+  readonly registers: string;
+  /** Fetches the step whose first column is named `column`. */
+  fetch(column: string): string;
+  /** Writes the registers to workgroup memory. */
+  readonly store: string;
+}
+
+/** The i-th of a thread's units, where `count` units are shared by all threads. */
 function guarded(count: number, threads: number, i: number, text: string): string {
   return (i + 1) * threads <= count ? text : `if (thread < ${count - i * threads}u) { ${text} }`;
 }
 
 /**
  * Which line and which piece of it a thread stages. Eight neighbours fetch whole cache lines, and what they store must
- * fall into different banks: two lines of four pieces are four lines apart (lines are an odd number of vec4s).
+ * fall into different banks: so two lines of four pieces are four lines apart (lines are an odd number of vec4s).
  */
 function assignment(tile: MatrixTile, pieces: number) {
-  const paired = pieces === 4 && tile.map !== "linear";
   return {
+    /** Lines that all threads stage at a time. */
     lines: tileThreads(tile) / pieces,
-    line: paired ? "(subgroup * 8u + ((lane >> 2u) & 1u) * 4u + (lane >> 3u))" : `(thread / ${pieces}u)`,
+    line: pieces === 4 ? "(subgroup * 8u + ((lane >> 2u) & 1u) * 4u + (lane >> 3u))" : `(thread / ${pieces}u)`,
     piece: `(thread % ${pieces}u)`,
   };
 }
 
-function stageInput(tile: MatrixTile, lineVectors: number): Staging {
+function stageInput(options: MatrixPrefillOptions): Staging {
+  const { tile, depth, wholeRows } = options;
   const threads = tileThreads(tile);
-  const vectors = tile.depth / 8;
-  const count = tileRows(tile) * vectors;
+  const count = tileRows(tile) * (depth / 8);
   const units = range(Math.ceil(count / threads));
-  const { lines, line, piece } = assignment(tile, vectors);
-  const at = (i: number, column: string) => `inputAt + (${column}) / 8u + ${i * lines}u * (k / 8u)`;
-  const fetch = (i: number, column: string) => tile.noClamp ? `input[${at(i, column)}]` : `input[min(${at(i, column)}, inputLast)]`;
+  const { lines, line, piece } = assignment(tile, depth / 8);
+  const at = (i: number, column: string) => `inputAt + ${column} / 8u + ${i * lines}u * (k / 8u)`;
   return {
     setup: `let inputLast = parameters.rows * (k / 8u) - 1u;
   let inputAt = (firstRow + ${line}) * (k / 8u) + ${piece};
-  let inputTo = ${line} * ${lineVectors}u + ${piece};`,
-    declare: units.map((i) => `var input${i} = ${fetch(i, "0u")};`).join("\n  "),
-    fetch: (column) => units.map((i) => `input${i} = ${fetch(i, column)};`).join("\n    "),
-    store: (to) =>
+  let inputTo = ${line} * ${lineVectors(options)}u + ${piece};`,
+    registers: units.map((i) => `var input${i} = vec4<u32>();`).join(" "),
+    fetch: (column) =>
       units
-        .map((i) => guarded(count, threads, i, `staged[${to} + inputTo + ${i * lines * lineVectors}u] = input${i};`))
+        .map((i) => `input${i} = input[${wholeRows ? at(i, column) : `min(${at(i, column)}, inputLast)`}];`)
         .join("\n    "),
+    store: units
+      .map((i) => guarded(count, threads, i, `staged[inputTo + ${i * lines * lineVectors(options)}u] = input${i};`))
+      .join("\n    "),
   };
 }
 
-/** Texts of the weight's row that a tile's line holds: of a thread's first line, and what its i-th is ahead of that. */
-function weightLines(tile: MatrixTile, epilogue: "none" | "silu-mul", lines: number, line: string) {
+/**
+ * Rows of the weight that a tile's lines hold: text of a thread's first, and how far its i-th is ahead of that. With
+ * `silu-mul` the lines of a subgroup are as many gates, then the same features' ups.
+ */
+function weightRows({ tile, epilogue }: MatrixPrefillOptions, lines: number, line: string) {
   if (epilogue === "none") return { first: `firstOutput + ${line}`, ahead: (i: number) => `${i * lines}u` };
-  const half = tile.tilesN * 8;
-  const upper = (text: string) => `select(0u, n / 2u, ${text} % ${2 * half}u >= ${half}u)`;
-  const row = (text: string) => `(${text} / ${2 * half}u) * ${half}u + ${text} % ${half}u + ${upper(text)}`;
+  const half = tile.tilesN * (MATRIX_SIZE / 2);
   if (half % lines !== 0 && lines % (2 * half) !== 0) throw new RangeError(`${lines} lines of ${half} gates`);
+  const row = (at: string) =>
+    `(${at} / ${2 * half}u) * ${half}u + ${at} % ${half}u + select(0u, n / 2u, ${at} % ${2 * half}u >= ${half}u)`;
   return { first: `firstOutput + ${row(line)}`, ahead: (i: number) => `(${row(`${i * lines}u`)})` };
 }
 
-function stageWeights(
-  tile: MatrixTile,
-  epilogue: "none" | "silu-mul",
-  unit: MatrixWeightUnit,
-  lineVectors: number,
-): Staging {
+function stageWeights(options: MatrixPrefillOptions, unit: MatrixWeightUnit): Staging {
+  const { tile, depth, wholeOutputs } = options;
   const threads = tileThreads(tile);
-  const perLine = tile.depth / unit.columns;
-  const count = tileOutputs(tile) * perLine;
+  const pieces = depth / unit.columns;
+  const count = tileOutputs(tile) * pieces;
   const units = range(Math.ceil(count / threads));
-  const { lines, line, piece } = assignment(tile, perLine);
-  const { first, ahead } = weightLines(tile, epilogue, lines, line);
-  const names = (i: number) => unit.fields.map((field) => `${field.name}${i}`);
+  const { lines, line, piece } = assignment(tile, pieces);
+  const { first, ahead } = weightRows(options, lines, line);
+  const names = (i: number) => unit.fields.map(({ name }) => `${name}${i}`);
   const rowUnits = `(k / ${unit.columns}u)`;
-  const each = (column: string, write: (name: string, value: string) => string) =>
-    units
-      .map((i) => {
-        const at = `weightAt + (${column}) / ${unit.columns}u + ${ahead(i)} * ${rowUnits}`;
-        const values = unit.fetchAt("at");
-        const lets = `{ let at = ${tile.noClamp ? at : `min(${at}, weightLast)`}; ${names(i).map((name, field) => write(name, values[field] as string)).join(" ")} }`;
-        return lets;
-      })
-      .join("\n    ");
+  const fetch = (i: number, column: string) => {
+    const at = `weightAt + ${column} / ${unit.columns}u + ${ahead(i)} * ${rowUnits}`;
+    const values = unit.fetchAt("at");
+    const sets = names(i).map((name, field) => `${name} = ${values[field]};`);
+    return `{ let at = ${wholeOutputs ? at : `min(${at}, n * ${rowUnits} - 1u)`}; ${sets.join(" ")} }`;
+  };
+  const store = (i: number) => {
+    const to = `weightTo + ${i * lines * lineVectors(options)}u`;
+    return unit.halves(names(i)).map((halves, v) => `staged[${to} + ${v}u] = ${halves};`);
+  };
   return {
-    setup: `let weightLast = n * ${rowUnits} - 1u;
-  let weightAt = (${first}) * ${rowUnits} + ${piece};
-  let weightTo = ${line} * ${lineVectors}u + ${piece} * ${unit.columns / 8}u;`,
-    declare: `${units.flatMap((i) => unit.fields.map((field, f) => `var ${names(i)[f]} = ${field.type}();`)).join(" ")}
-  ${each("0u", (name, value) => `${name} = ${value};`)}`,
-    fetch: (column) => each(column, (name, value) => `${name} = ${value};`),
-    store: (to) =>
-      units
-        .map((i) => {
-          const base = `${to} + weightTo + ${i * lines * lineVectors}u`;
-          const stores = unit.halves(names(i)).map((halves, v) => `staged[${base} + ${v}u] = ${halves};`);
-          return guarded(count, threads, i, stores.join(" "));
-        })
-        .join("\n    "),
+    setup: `let weightAt = (${first}) * ${rowUnits} + ${piece};
+  let weightTo = (${tileRows(tile)}u + ${line}) * ${lineVectors(options)}u + ${piece} * ${unit.columns / 8}u;`,
+    registers: units.flatMap((i) => unit.fields.map(({ name, type }) => `var ${name}${i} = ${type}();`)).join(" "),
+    fetch: (column) => units.map((i) => fetch(i, column)).join("\n    "),
+    store: units.map((i) => guarded(count, threads, i, store(i).join(" "))).join("\n    "),
   };
 }
 
-/** Loads of one 16-deep slice and its products. */
-function slice(tile: MatrixTile, dialect: MatrixDialect, lineVectors: number) {
+/** Products of the 16 columns `slice` of the staged step. */
+function multiply(options: MatrixPrefillOptions, slice: number): string {
+  const { tile, dialect } = options;
+  const vectors = lineVectors(options);
   const ms = range(tile.tilesM);
   const ns = range(tile.tilesN);
-  const source = (array: string, base: string, buffer: string, line: number, kk: number) => ({
-    array,
-    offset: `${base} + ${buffer} + ${line * MATRIX_SIZE * lineVectors + kk * 2}u`,
-    stride: `${lineVectors}u`,
+  const source = (base: string, line: number) => ({
+    array: "staged",
+    offset: `${base} + ${line * MATRIX_SIZE * vectors + slice * 2}u`,
+    stride: `${vectors}u`,
   });
-  return {
-    load: (prefix: string, kk: number, buffer: string) => [
-      ...ms.map((m) =>
-        dialect.loadLeft(`${prefix}a${m}`, { ...source("staged", "inputBase", buffer, m, kk), major: "row" }),
-      ),
-      ...ns.map((n) =>
-        dialect.loadRight(`${prefix}b${n}`, {
-          ...source("staged", "weightBase", buffer, n, kk),
-          major: "column",
-        }),
-      ),
-    ],
-    lazy: (kk: number, buffer: string) => [
-      ...ns.map((n) => dialect.loadRight(`b${n}`, { ...source("staged", "weightBase", buffer, n, kk), major: "column" })),
-      ...ms.flatMap((m) => [
-        dialect.loadLeft(`a${m}`, { ...source("staged", "inputBase", buffer, m, kk), major: "row" }),
-        ...ns.map((n) => dialect.multiplyAccumulate(`c${m}_${n}`, `a${m}`, `b${n}`)),
-      ]),
-    ],
-    multiply: (prefix: string) =>
-      ms.flatMap((m) => ns.map((n) => dialect.multiplyAccumulate(`c${m}_${n}`, `${prefix}a${m}`, `${prefix}b${n}`))),
-  };
+  return `{
+    ${ms.map((m) => dialect.loadLeft(`a${m}`, { ...source("inputBase", m), major: "row" })).join("\n    ")}
+    ${ns.map((n) => dialect.loadRight(`b${n}`, { ...source("weightBase", n), major: "column" })).join("\n    ")}
+    ${ms.flatMap((m) => ns.map((n) => dialect.multiplyAccumulate(`c${m}_${n}`, `a${m}`, `b${n}`))).join("\n    ")}
+    }`;
 }
 
-/** Walk over K. */
-function walk(tile: MatrixTile, input: Staging, weights: Staging, dialect: MatrixDialect, lineVectors: number): string {
-  const { depth, buffers = 2 } = tile;
-  const parts = slice(tile, dialect, lineVectors);
-  const slices = range(depth / MATRIX_SIZE);
-  const bufferVectors = (tileRows(tile) + tileOutputs(tile)) * lineVectors;
-  const weightsAt = `${tileRows(tile) * lineVectors}u`;
-  const compute = (buffer: string) =>
-    slices
-      .map((kk) => `{\n    ${(tile.lazy ? parts.lazy(kk, buffer) : [...parts.load("", kk, buffer), ...parts.multiply("")]).join("\n    ")}\n    }`)
-      .join("\n    ");
-  const store = (buffer: string) => `${input.store(buffer)}
-    ${weights.store(`${buffer} + ${weightsAt}`)}`;
-  const next = (ahead: number) => `let next = min(column + ${ahead * depth}u, k - ${depth}u);
-    ${input.fetch("next")}
-    ${weights.fetch("next")}`;
-  if (buffers === 1) {
-    return `${input.declare}
-  ${weights.declare}
-  for (var column = 0u; column < k; column += ${depth}u) {
-    workgroupBarrier();
-    ${store("0u")}
-    workgroupBarrier();
-    ${next(1)}
-    ${compute("0u")}
-  }`;
-  }
-  const first = `${input.declare}
-  ${weights.declare}
-  var buffer = 0u;
-  ${store("0u")}
+/** The walk over K. The last step fetches itself again rather than nothing: a branch would cost more. */
+function walk(options: MatrixPrefillOptions, input: Staging, weights: Staging): string {
+  const { depth } = options;
+  const slices = range(depth / MATRIX_SIZE).map((slice) => multiply(options, slice));
+  return `${input.registers}
+  ${weights.registers}
   {
-    let second = min(${depth}u, k - ${depth}u);
-    ${input.fetch("second")}
-    ${weights.fetch("second")}
+    let first = 0u;
+    ${input.fetch("first")}
+    ${weights.fetch("first")}
   }
-  workgroupBarrier();`;
-  const refill = `let other = ${bufferVectors}u - buffer;
-    ${store("other")}
-    ${next(2)}`;
-  if (tile.fragments) {
-    const last = slices.length - 1;
-    const carried = (name: string) => [
-      ...range(tile.tilesM).map((m) => `${name}a${m}`),
-      ...range(tile.tilesN).map((n) => `${name}b${n}`),
-    ];
-    const from = carried("next_");
-    return `${first}
-  ${parts
-    .load("f_", 0, "0u")
-    .map((text) => text.replace("let ", "var "))
-    .join("\n  ")}
   for (var column = 0u; column < k; column += ${depth}u) {
-    ${refill}
-    ${slices
-      .map((kk) =>
-        kk < last
-          ? `${parts.load(`s${kk + 1}_`, kk + 1, "buffer").join("\n    ")}\n    ${parts.multiply(kk === 0 ? "f_" : `s${kk}_`).join("\n    ")}`
-          : `workgroupBarrier();\n    buffer = other;\n    ${parts.load("next_", 0, "buffer").join("\n    ")}\n    ${parts.multiply(kk === 0 ? "f_" : `s${kk}_`).join("\n    ")}`,
-      )
-      .join("\n    ")}
-    ${carried("f_")
-      .map((name, i) => `${name} = ${from[i]};`)
-      .join(" ")}
-  }`;
-  }
-  if (tile.unroll2) {
-    const half = (now: string, other: string, ahead: number) => `${store(other)}
-    { let next = min(column + ${ahead * depth}u, k - ${depth}u);
+    workgroupBarrier();
+    ${input.store}
+    ${weights.store}
+    workgroupBarrier();
+    let next = min(column + ${depth}u, k - ${depth}u);
     ${input.fetch("next")}
-    ${weights.fetch("next")} }
-    ${compute(now)}
-    workgroupBarrier();`;
-    return `${first}
-  for (var column = 0u; column < k; column += ${2 * depth}u) {
-    ${half("0u", `${bufferVectors}u`, 2)}
-    ${half(`${bufferVectors}u`, "0u", 3)}
-  }`;
-  }
-  return `${first}
-  for (var column = 0u; column < k; column += ${depth}u) {
-    ${tile.late ? `${compute("buffer")}\n    ${refill}` : `${refill}\n    ${compute("buffer")}`}
-    workgroupBarrier();
-    buffer = other;
+    ${weights.fetch("next")}
+    ${slices.join("\n    ")}
   }`;
 }
 
-function stagedVectors(tile: MatrixTile): number {
-  const { depth, buffers = 2, pad = 1 } = tile;
-  const strips = tile.subgroupsM * tile.subgroupsN * MATRIX_SIZE * tile.tilesN * 4;
-  return Math.max(buffers * (tileRows(tile) + tileOutputs(tile)) * (depth / 8 + pad), strips);
-}
-
-/** Where sums cannot be stored whole they go through workgroup memory, a strip of 16 rows a subgroup at a time. */
-function stripText({ tile, dialect }: MatrixPrefillOptions, m: number, write: string): string {
-  const stores = range(tile.tilesN).map((n) =>
-    dialect.storeVectors("staged", "vec4<u32>", `stripBase + ${n * 4}u`, `${tile.tilesN * 4}u`, `c${m}_${n}`),
-  );
-  return `workgroupBarrier();
-    ${stores.join(" ")}
-    workgroupBarrier();
-    ${write}`;
+/** Sums of 16 rows of every subgroup go through workgroup memory; `write` handles one cell of them. */
+function strips({ tile, dialect }: MatrixPrefillOptions, cells: number, write: (m: number) => string): string {
+  const { tilesM, tilesN } = tile;
+  const stores = (m: number) =>
+    range(tilesN).map((n) =>
+      dialect.storeVectors("staged", "vec4<u32>", `stripBase + ${n * 4}u`, `${tilesN * 4}u`, `c${m}_${n}`),
+    );
+  return range(tilesM)
+    .map(
+      (m) => `workgroupBarrier();
+  ${stores(m).join(" ")}
+  workgroupBarrier();
+  for (var cell = lane; cell < ${cells}u; cell += ${MATRIX_THREADS}u) {
+    ${write(m)}
+  }`,
+    )
+    .join("\n  ");
 }
 
 function storeSums(options: MatrixPrefillOptions): string {
-  const { tile, dialect } = options;
-  const ms = range(tile.tilesM);
+  const { tile, dialect, accumulate, wholeRows, wholeOutputs } = options;
+  const begin = `let stride = parameters.outputStride / 4u;
+  let first = tileRow * stride + (parameters.outputOffset + tileOutput) / 4u;`;
+  if (!accumulate && wholeRows && wholeOutputs) {
+    const stores = range(tile.tilesM).flatMap((m) =>
+      range(tile.tilesN).map((n) =>
+        dialect.storeVectors("output", "vec4f", `first + ${m * 16}u * stride + ${n * 4}u`, "stride", `c${m}_${n}`),
+      ),
+    );
+    return `${begin}\n  ${stores.join("\n  ")}`;
+  }
   const vectors = tile.tilesN * 4;
-  const whole = ms.flatMap((m) =>
-    range(tile.tilesN).map((n) =>
-      dialect.storeVectors("output", "vec4f", `at + ${m * MATRIX_SIZE}u * stride + ${n * 4}u`, "stride", `c${m}_${n}`),
-    ),
-  );
-  const cells = (m: number) => `for (var cell = lane; cell < ${16 * vectors}u; cell += ${MATRIX_THREADS}u) {
-      let row = tileRow + ${m * MATRIX_SIZE}u + cell / ${vectors}u;
-      let column = tileOutput + (cell % ${vectors}u) * 4u;
-      if (row < parameters.rows && column < n) {
-        let at = row * stride + (parameters.outputOffset + column) / 4u;
-        let sum = bitcast<vec4f>(staged[stripBase + cell]);
-        if (parameters.accumulate != 0u) { output[at] = output[at] + sum; } else { output[at] = sum; }
-      }
+  const write = (m: number) => `let row = tileRow + ${m * MATRIX_SIZE}u + cell / ${vectors}u;
+    let column = tileOutput + (cell % ${vectors}u) * 4u;
+    // What the tile before this one has added is not added again.
+    if (row >= ownRow && row < parameters.rows && column >= ownOutput && column < n) {
+      let at = first + (${m * MATRIX_SIZE}u + cell / ${vectors}u) * stride + cell % ${vectors}u;
+      output[at] = bitcast<vec4f>(staged[stripBase + cell])${accumulate ? " + output[at]" : ""};
     }`;
-  return `let stride = parameters.outputStride / 4u;
-  if (parameters.accumulate == 0u && firstRow + ${tileRows(tile)}u <= parameters.rows && firstOutput + ${tileOutputs(tile)}u <= n) {
-    let at = tileRow * stride + (parameters.outputOffset + tileOutput) / 4u;
-    ${whole.join("\n    ")}
-  } else {
-    ${ms.map((m) => stripText(options, m, cells(m))).join("\n    ")}
-  }`;
+  return `${begin}\n  ${strips(options, MATRIX_SIZE * vectors, write)}`;
 }
 
 /** Each strip holds 16 rows of gates and, beside them, of the same features' ups. */
 function storeGated(options: MatrixPrefillOptions): string {
-  const { tile } = options;
-  const vectors = tile.tilesN * 4;
-  const pieces = tile.tilesN;
-  const cells = (m: number) => `for (var cell = lane; cell < ${16 * pieces}u; cell += ${MATRIX_THREADS}u) {
-      let row = tileRow + ${m * MATRIX_SIZE}u + cell / ${pieces}u;
-      let feature = firstOutput + (subgroup % ${tile.subgroupsN}u) * ${tile.tilesN * 8}u + (cell % ${pieces}u) * 8u;
-      if (row < parameters.rows && feature < n / 2u) {
-        output[row * (n / 16u) + feature / 8u] = gated(stripBase + (cell / ${pieces}u) * ${vectors}u + (cell % ${pieces}u) * 2u);
-      }
+  const { tilesN, subgroupsN } = options.tile;
+  const write = (m: number) => `let row = tileRow + ${m * MATRIX_SIZE}u + cell / ${tilesN}u;
+    let feature = firstOutput + (subgroup % ${subgroupsN}u) * ${tilesN * 8}u + (cell % ${tilesN}u) * 8u;
+    if (row < parameters.rows && feature < n / 2u) {
+      let at = stripBase + (cell / ${tilesN}u) * ${tilesN * 4}u + (cell % ${tilesN}u) * 2u;
+      output[row * (n / 16u) + feature / 8u] = vec4<u32>(gatedHalves(at), gatedHalves(at + 1u));
     }`;
-  return range(tile.tilesM)
-    .map((m) => stripText(options, m, cells(m)))
-    .join("\n  ");
+  return strips(options, MATRIX_SIZE * tilesN, write);
 }
 
-function gatedFunctions(tile: MatrixTile, unit: MatrixWeightUnit): string {
+function gatedFunction(tile: MatrixTile, unit: MatrixWeightUnit): string {
   return `${unit.functions.includes(PACK_HALVES_WGSL) ? "" : PACK_HALVES_WGSL}
 fn gatedHalves(at: u32) -> vec2<u32> {
   let gate = bitcast<vec4f>(staged[at]);
@@ -352,31 +265,41 @@ fn gatedHalves(at: u32) -> vec2<u32> {
   let sigmoid = vec4f(1.0) / (vec4f(1.0) + exp(min(-gate, vec4f(88.0))));
   return packHalves(gate * sigmoid * up);
 }
-fn gated(at: u32) -> vec4<u32> { return vec4<u32>(gatedHalves(at), gatedHalves(at + 1u)); }
 `;
+}
+
+function stagedVectors(options: MatrixPrefillOptions): number {
+  const { tile } = options;
+  const strip = MATRIX_SIZE * tile.tilesN * 4;
+  return Math.max(
+    (tileRows(tile) + tileOutputs(tile)) * lineVectors(options),
+    tile.subgroupsM * tile.subgroupsN * strip,
+  );
+}
+
+/** The tile's place: moved back to end with the matrix, where that is possible. */
+function place(options: MatrixPrefillOptions): string {
+  const { tile, epilogue, wholeRows, wholeOutputs } = options;
+  const gated = epilogue === "silu-mul";
+  const rows = tileRows(tile);
+  const outputs = tileOutputs(tile) / (gated ? 2 : 1);
+  const end = gated ? "n / 2u" : "n";
+  return `let ownRow = group.x * ${rows}u;
+  let ownOutput = group.y * ${outputs}u;
+  let firstRow = ${wholeRows ? `min(ownRow, parameters.rows - ${rows}u)` : "ownRow"};
+  let firstOutput = ${wholeOutputs ? `min(ownOutput, ${end} - ${outputs}u)` : "ownOutput"};`;
 }
 
 /** WGSL of the kernel; grid: x tiles of rows, y tiles of outputs (of features, with `silu-mul`). */
 export function linearMatrixPrefillWgsl(options: MatrixPrefillOptions): string {
-  const { encoding, tile, epilogue, dialect, shaderF16 } = options;
-  const { subgroupsN, tilesM, tilesN, depth, pad = 1 } = tile;
+  const { encoding, tile, epilogue, dialect, shaderF16, shape } = options;
+  const { subgroupsN, tilesM, tilesN } = tile;
+  const gated = epilogue === "silu-mul";
   const unit = matrixWeightUnit(encoding, shaderF16);
-  const lineVectors = depth / 8 + pad;
-  const input = stageInput(tile, lineVectors);
-  const weights = stageWeights(tile, epilogue, unit, lineVectors);
-  const width = tilesN * MATRIX_SIZE;
-  const outputs = tileOutputs(tile) / (epilogue === "silu-mul" ? 2 : 1);
-  const sums = range(tilesM).flatMap((m) => range(tilesN).map((n) => `c${m}_${n}`));
-  const order = tile.band
-    ? `let id = group.y * groups.x + group.x;
-  let bandSize = ${tile.band}u * groups.y;
-  let bandFirst = (id / bandSize) * ${tile.band}u;
-  let bandRows = min(${tile.band}u, groups.x - bandFirst);
-  let inBand = id % bandSize;
-  let firstRow = (bandFirst + inBand % bandRows) * ${tileRows(tile)}u;
-  let firstOutput = (inBand / bandRows) * ${outputs}u;`
-    : `let firstRow = group.x * ${tileRows(tile)}u;
-  let firstOutput = group.y * ${outputs}u;`;
+  const input = stageInput(options);
+  const weights = stageWeights(options, unit);
+  const vectors = lineVectors(options);
+  const sums = range(tilesM).flatMap((m) => range(tilesN).map((n) => `var c${m}_${n} = ${dialect.zero};`));
   const enableF16 = shaderF16 && !dialect.directives.includes("enable f16;") ? "enable f16;\n" : "";
   const text = `${enableF16}${dialect.directives}
 requires immediate_address_space;
@@ -384,28 +307,30 @@ ${LINEAR_PARAMETERS}
 @group(0) @binding(0) var<storage, read> input: array<vec4<u32>>;
 @group(0) @binding(1) var<storage, read> codes: array<vec4<u32>>;
 @group(0) @binding(2) var<storage, read> scales: array<u32>;
-@group(0) @binding(3) var<storage, read_write> output: array<${epilogue === "silu-mul" ? "vec4<u32>" : "vec4f"}>;
+@group(0) @binding(3) var<storage, read_write> output: array<${gated ? "vec4<u32>" : "vec4f"}>;
 ${unit.functions}
-var<workgroup> staged: array<vec4<u32>, ${stagedVectors(tile)}>;
-${epilogue === "silu-mul" ? gatedFunctions(tile, unit) : ""}
+var<workgroup> staged: array<vec4<u32>, ${stagedVectors(options)}>;
+${gated ? gatedFunction(tile, unit) : ""}
 
 @compute @workgroup_size(${tileThreads(tile)})
-fn main(@builtin(workgroup_id) group: vec3u, @builtin(num_workgroups) groups: vec3u, @builtin(local_invocation_index) thread: u32) {
+fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) thread: u32) {
   let lane = thread % ${MATRIX_THREADS}u;
   let subgroup = thread / ${MATRIX_THREADS}u;
-  let k = ${tile.fixed ? `${tile.fixed.k}u` : "parameters.k"};
-  let n = parameters.n;
-  ${order}
-  let inputBase = (subgroup / ${subgroupsN}u) * ${tilesM * MATRIX_SIZE * lineVectors}u;
-  let weightBase = ${tileRows(tile) * lineVectors}u + (subgroup % ${subgroupsN}u) * ${tilesN * MATRIX_SIZE * lineVectors}u;
-  let tileRow = firstRow + (subgroup / ${subgroupsN}u) * ${tilesM * MATRIX_SIZE}u;
-  let tileOutput = firstOutput + (subgroup % ${subgroupsN}u) * ${width}u;
+  let n = ${shape === undefined ? "parameters.n" : `${shape.outputs}u`};
+  let k = ${shape === undefined ? "parameters.k" : `${shape.columns}u`};
+  ${place(options)}
+  let lineM = (subgroup / ${subgroupsN}u) * ${tilesM * MATRIX_SIZE}u;
+  let lineN = (subgroup % ${subgroupsN}u) * ${tilesN * MATRIX_SIZE}u;
+  let inputBase = lineM * ${vectors}u;
+  let weightBase = (${tileRows(tile)}u + lineN) * ${vectors}u;
+  let tileRow = firstRow + lineM;
+  let tileOutput = firstOutput + lineN;
   let stripBase = subgroup * ${MATRIX_SIZE * tilesN * 4}u;
   ${input.setup}
   ${weights.setup}
-  ${sums.map((sum) => `var ${sum} = ${dialect.zero};`).join(" ")}
-  ${walk(tile, input, weights, dialect, lineVectors)}
-  ${epilogue === "silu-mul" ? storeGated(options) : storeSums(options)}
+  ${sums.join(" ")}
+  ${walk(options, input, weights)}
+  ${gated ? storeGated(options) : storeSums(options)}
 }
 `;
   return `${text}${dialect.functions()}\n`;

@@ -5,26 +5,62 @@ import { linearMatrixPrefillWgsl, type MatrixTile, tileOutputs, tileRows } from 
 import type { LinearVariant, LinearVariants } from "./linear-variant.ts";
 import { matrixDialect } from "./subgroup-matrix.ts";
 
+interface PrefillTiles {
+  /** For dispatches of at least a tile of rows. */
+  readonly large: MatrixTile;
+  /** For fewer rows, and where large tiles would leave most of the GPU idle. */
+  readonly small: MatrixTile;
+  /** Tiles that fill the GPU. */
+  readonly enough: number;
+}
+
+const DEVICE_TILES: PrefillTiles = {
+  large: { subgroupsM: 2, subgroupsN: 2, tilesM: 4, tilesN: 4 },
+  small: { subgroupsM: 2, subgroupsN: 2, tilesM: 2, tilesN: 2 },
+  enough: 100,
+};
+
 /** Small enough for software drivers to compile. */
-const EMULATED_TILES: readonly MatrixTile[] = [{ subgroupsM: 1, subgroupsN: 2, tilesM: 1, tilesN: 2, depth: 32 }];
+const EMULATED_TILES: PrefillTiles = {
+  large: { subgroupsM: 1, subgroupsN: 2, tilesM: 1, tilesN: 2 },
+  small: { subgroupsM: 1, subgroupsN: 1, tilesM: 1, tilesN: 2 },
+  enough: 1,
+};
 
-const TILES: readonly MatrixTile[] = [{ subgroupsM: 2, subgroupsN: 2, tilesM: 4, tilesN: 4, depth: 32 }];
-
-function prefillVariant(gpu: Gpu, descriptor: LinearDescriptor, tile: MatrixTile): LinearVariant {
-  const { weight, epilogue = "none", dialect = "device" } = descriptor;
-  const { encoding } = weight;
+function prefillVariant(gpu: Gpu, descriptor: LinearDescriptor, tile: MatrixTile, wholeRows: boolean): LinearVariant {
+  const { weight, accumulate, epilogue = "none", dialect = "device" } = descriptor;
+  const { encoding, rows: n, columns: k } = weight;
   const outputs = tileOutputs(tile);
+  const code = linearMatrixPrefillWgsl({
+    encoding,
+    tile,
+    depth: dialect === "device" && k % 64 === 0 ? 64 : 32,
+    epilogue,
+    accumulate,
+    wholeRows,
+    wholeOutputs: n >= outputs,
+    // Software drivers compile for seconds: there shapes share a text.
+    ...(dialect === "device" ? { shape: { outputs: n, columns: k } } : {}),
+    dialect: matrixDialect(dialect),
+    shaderF16: gpu.features.shaderF16,
+  });
   return {
-    label: `linear matrix prefill ${encoding.format} ${encoding.scales} ${encoding.group} ${tileRows(tile)}x${outputs} ${epilogue}`,
-    code: linearMatrixPrefillWgsl({
-      encoding,
-      tile,
-      epilogue,
-      dialect: matrixDialect(dialect),
-      shaderF16: gpu.features.shaderF16,
-    }),
-    grid: (rows) => [Math.ceil(rows / tileRows(tile)), Math.ceil(weight.rows / outputs)],
+    label: `linear matrix prefill ${encoding.format} ${encoding.scales} ${encoding.group} ${k} to ${n} ${epilogue} ${tileRows(tile)}x${outputs}`,
+    code,
+    grid: (rows) => [Math.ceil(rows / tileRows(tile)), Math.ceil(n / outputs)],
   };
+}
+
+function prefillVariants(gpu: Gpu, descriptor: LinearDescriptor, tiles: PrefillTiles): LinearVariants {
+  const { weight, maxRows } = descriptor;
+  const { large, small, enough } = tiles;
+  const fits = (rows: number) => {
+    const count = Math.ceil(rows / tileRows(large)) * Math.ceil(weight.rows / tileOutputs(large));
+    return rows >= tileRows(large) && count >= enough;
+  };
+  const variants = [prefillVariant(gpu, descriptor, small, false)];
+  if (fits(maxRows)) variants.push(prefillVariant(gpu, descriptor, large, true));
+  return { variants, choose: (rows) => (fits(rows) ? 1 : 0) };
 }
 
 function checkShape({ weight, accumulate, epilogue = "none" }: LinearDescriptor): void {
@@ -47,6 +83,5 @@ export function linearMatrixVariants(gpu: Gpu, descriptor: LinearDescriptor): Li
     throw new RangeError(`${weight.label}: f16 inputs need subgroup matrices, which ${gpu.name} does not offer`);
   }
   checkShape(descriptor);
-  const tiles = dialect === "emulated" ? EMULATED_TILES : TILES;
-  return { variants: tiles.map((tile) => prefillVariant(gpu, descriptor, tile)), choose: () => 0 };
+  return prefillVariants(gpu, descriptor, dialect === "emulated" ? EMULATED_TILES : DEVICE_TILES);
 }

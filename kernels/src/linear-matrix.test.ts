@@ -14,7 +14,6 @@ import { type Random, seededRandom } from "./testing/random.ts";
 
 const PHASES = ["prefill", "decode"] as const;
 
-
 function randomParts(random: Random, type: GgmlType, columns: number, widths: readonly number[]): LinearWeightPart[] {
   return widths.map((rows) => ({ type, rows, data: randomGgml(random, type, rows * columns) }));
 }
