@@ -1,10 +1,10 @@
 import { readFileSync } from "node:fs";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
-import { readBuffer, submitPass } from "./buffers.ts";
+import { readBuffer, submitPass, uploadStorage } from "./buffers.ts";
 import { type Gpu, openGpu } from "./device.ts";
 import { floatToHalf, halfToFloat } from "./half.ts";
 import { type KvFormat, type KvShape, kvFormat } from "./kv-format.ts";
-import { createKvKernels, KV_STATUS_KEY_NOT_FINITE, KV_STATUS_VALUE_NOT_FINITE } from "./kv-kernels.ts";
+import { KV_STATUS_KEY_NOT_FINITE, KV_STATUS_VALUE_NOT_FINITE } from "./kv-kernels.ts";
 import {
   codesPerWord,
   keyMetaOffset,
@@ -15,10 +15,11 @@ import {
   valueWordOffset,
 } from "./kv-layout.ts";
 import { decodePage, encodePage, quantizeGroup } from "./kv-page.ts";
-import { buildRopeTable } from "./rope-table.ts";
+import { createKvSeal, type KvSealVariant } from "./kv-seal.ts";
+import { sealTileSupports } from "./kv-seal-tile.wgsl.ts";
 import { compareArrays } from "./testing/comparison.ts";
-import { assertNoPoison, createPoisoned } from "./testing/poison.ts";
-import { seededRandom } from "./testing/random.ts";
+import { assertNoPoison, createPoisoned, POISON_WORD } from "./testing/poison.ts";
+import { type Random, seededRandom } from "./testing/random.ts";
 
 interface GoldenGroup {
   name: string;
@@ -77,52 +78,65 @@ interface Sealed {
   readonly status: number;
 }
 
-/** Seals K and V given as f16 bits [tokens][kvHeads][headDim], one block, through the decode path. */
+/** Strides of the two sources: residual windows by slot, and rows of a prefill chunk. */
+type Source = "residual" | "chunk";
+
+/** Seals K and V given as f16 bits [tokens][kvHeads][headDim], one block, of slot 1 into page 2. */
 async function sealOnGpu(
+  variant: KvSealVariant,
   format: KvFormat,
   shape: KvShape,
   keys: ArrayLike<number>,
   values: ArrayLike<number>,
+  from: Source = "residual",
 ): Promise<Sealed> {
-  const kernels = await createKvKernels(gpu, {
-    format,
-    shape,
-    heads: shape.kvHeads,
-    maxRows: 1,
-    maxDecodeRows: 1,
-    maxSlots: 2,
-    maxPagesPerSequence: 2,
-    maxPositions: shape.residualTokens,
-    ropeLayout: "half",
-    ropeTable: buildRopeTable({ ropeDim: shape.headDim, theta: 10000, maxPositions: shape.residualTokens }),
-  });
-  const small = createPoisoned(gpu, "unused", 1 << 16);
-  const residual = createPoisoned(gpu, "residual", kernels.residualBytes);
-  const pages = createPoisoned(gpu, "pages", 3 * pageBytes(format, shape));
-  const chunkKv = createPoisoned(gpu, "chunk", kernels.chunkKvBytes);
-  const output = createPoisoned(gpu, "output", 1 << 16);
-  const window = Uint16Array.from([...Array.from(keys), ...Array.from(values)]);
-  gpu.device.queue.writeBuffer(residual.buffer, window.byteLength, window);
-  kernels.setPages(1, 0, [2]);
-  const layer = kernels.bindLayer({
-    qkv: small.buffer,
-    pages: pages.buffer,
-    residual: residual.buffer,
-    chunkKv: chunkKv.buffer,
-    output: output.buffer,
-  });
-  const plan = kernels.prepareSeal([{ slot: 1, position: 0 }]);
-  submitPass(gpu, (pass) => layer.encodeSeal(pass, plan));
-  const all = await pages.read();
+  const row = (shape.kvHeads * shape.headDim) / 2;
+  const window = shape.blockTokens * row;
+  const strides =
+    from === "residual"
+      ? { tokenStride: row, planeStride: window, slotStride: 2 * window }
+      : { tokenStride: 2 * row, planeStride: row, slotStride: 0 };
+  const kernel = await createKvSeal(gpu, { format, shape, maxPages: 2, ...strides, variant });
   const bytes = pageBytes(format, shape);
+  const source = createPoisoned(gpu, "source", 4 * window * 4);
+  // The chunk's block begins at its token 3.
+  const first = from === "residual" ? 0 : 3;
+  for (let token = 0; token < shape.blockTokens; token++) {
+    for (const [plane, data] of [keys, values].entries()) {
+      const part = Uint16Array.from({ length: 2 * row }, (_, i) => data[token * 2 * row + i] as number);
+      const at = strides.slotStride + (first + token) * strides.tokenStride + plane * strides.planeStride;
+      gpu.device.queue.writeBuffer(source.buffer, at * 4, part);
+    }
+  }
+  const pages = createPoisoned(gpu, "pages", 3 * bytes);
+  const status = uploadStorage(gpu, "status", new Uint32Array(2));
+  const bound = kernel.bind({
+    source: source.buffer,
+    seals: uploadStorage(gpu, "seals", new Uint32Array([first, 1, shape.blockTokens, 0])),
+    pageTable: uploadStorage(gpu, "page table", new Uint32Array([0, 0, 0, 2])),
+    pages: pages.buffer,
+    status,
+  });
+  submitPass(gpu, (pass) => bound.encode(pass, 1));
+  const all = await pages.read();
   const page = all.slice(2 * bytes);
   assertNoPoison("sealed page", page);
-  expect(new Uint32Array(all, 0, bytes / 2).every((word) => word === 0x7fc0_dead)).toBe(true);
-  const status = new Uint32Array(await readBuffer(gpu, kernels.status))[1] as number;
-  kernels.destroy();
-  for (const { buffer } of [small, residual, pages, chunkKv, output]) buffer.destroy();
-  return { page: new Uint8Array(page), status };
+  expect(new Uint32Array(all, 0, bytes / 2).every((word) => word === POISON_WORD)).toBe(true);
+  const flags = new Uint32Array(await readBuffer(gpu, status));
+  expect(flags[0]).toBe(0);
+  for (const { buffer } of [source, pages]) buffer.destroy();
+  return { page: new Uint8Array(page), status: flags[1] as number };
 }
+
+const VARIANTS = ["loops", "tiles-memory"] as const;
+
+// Software drivers take seconds to compile tiles, so these formats stand for the others, each at one shape.
+const TILE_SHAPES: Record<string, KvShape> = {
+  kivi2: { layers: 1, kvHeads: 2, headDim: 64, blockTokens: 64, residualTokens: 64 },
+  kivi2r: { layers: 1, kvHeads: 2, headDim: 128, blockTokens: 32, residualTokens: 32 },
+  kivi4r: { layers: 1, kvHeads: 1, headDim: 64, blockTokens: 32, residualTokens: 32 },
+  "kivi-k4v2": { layers: 1, kvHeads: 1, headDim: 32, blockTokens: 32, residualTokens: 32 },
+};
 
 /** The page's fields in logical order, as in the golden file. */
 function unpack(format: KvFormat, shape: KvShape, page: Uint8Array<ArrayBuffer>) {
@@ -176,7 +190,7 @@ describe("golden groups on the host", () => {
 });
 
 describe.each([2, 4] as const)("golden groups sealed by the kernel at %i bits", (bits) => {
-  test("as channels of K and as tokens of V", async () => {
+  test.each(VARIANTS)("as channels of K and as tokens of V: %s", async (variant) => {
     const exact = golden.groups.filter(
       (group) =>
         group.bits === bits && group.strict && floats(group.input).every((x) => halfToFloat(floatToHalf(x)) === x),
@@ -188,7 +202,7 @@ describe.each([2, 4] as const)("golden groups sealed by the kernel at %i bits", 
       const groups = Array.from({ length: 32 }, (_, i) => exact[(first + i) % exact.length] as GoldenGroup);
       const inputs = groups.map((group) => Array.from(floats(group.input), floatToHalf));
       const keys = Array.from({ length: 1024 }, (_, i) => inputs[i % 32]?.[Math.floor(i / 32)] as number);
-      const { page, status } = await sealOnGpu(format, shape, keys, inputs.flat());
+      const { page, status } = await sealOnGpu(variant, format, shape, keys, inputs.flat());
       expect(status).toBe(0);
       const result = unpack(format, shape, page);
       const scale = groups.map((group) => Number.parseInt(group.scale, 16));
@@ -214,16 +228,18 @@ describe.each(golden.pages.map((page) => [page.name, page] as const))("golden pa
     const format = kvFormat(`kivi${bits}${page.rotated ? "r" : ""}`);
     const { tokens, kvHeads, headDim } = page;
     const shape = { layers: 1, kvHeads, headDim, blockTokens: tokens, residualTokens: tokens };
+    const tiled = sealTileSupports(format, shape);
     const wanted = bits === 2 ? page.bits2 : page.bits4;
     const keys = hex(page.keys, 4);
     const values = hex(page.values, 4);
-    const sealed = await sealOnGpu(format, shape, keys, values);
-    expect(sealed.status).toBe(0);
+    const variants = VARIANTS.filter((variant) => variant === "loops" || (tiled && bits === 2));
+    const sealed = await Promise.all(variants.map((variant) => sealOnGpu(variant, format, shape, keys, values)));
+    expect(sealed.map(({ status }) => status)).toEqual(variants.map(() => 0));
     const onHost = encodePage(format, shape, {
       keys: Float32Array.from(keys, halfToFloat),
       values: Float32Array.from(values, halfToFloat),
     });
-    for (const bytes of [sealed.page, onHost]) {
+    for (const bytes of [...sealed.map(({ page: bytes }) => bytes), onHost]) {
       const result = unpack(format, shape, bytes);
       if (page.keyNorms !== undefined) expect(result.norms).toEqual(hex(page.keyNorms, 4));
       expect(scales(result.keyMeta)).toEqual(hex(wanted.keyScales, 4));
@@ -247,19 +263,24 @@ describe.each(golden.pages.map((page) => [page.name, page] as const))("golden pa
   });
 });
 
-describe.each(["f16", "kivi2", "kivi2r", "kivi4r", "kivi-k4v2", "kivi-k2v4"])("sealing as %s", (name) => {
+const SEALED_FORMATS = [
+  ...["f16", "kivi2", "kivi2r", "kivi4r", "kivi-k4v2", "kivi-k2v4"].map((name) => [name, "loops"] as const),
+  ...Object.keys(TILE_SHAPES).map((name) => [name, "tiles-memory"] as const),
+];
+
+function randomShape(random: Random, format: KvFormat): KvShape {
+  const headDim = random.pick(format.rotated ? [32, 64, 128] : [32, 64, 96, 128]);
+  const blockTokens = random.pick([32, 64]);
+  return { layers: 1, kvHeads: random.pick([1, 2, 3]), headDim, blockTokens, residualTokens: blockTokens };
+}
+
+describe.each(SEALED_FORMATS)("sealing as %s: %s", (name, variant) => {
   test("random and extreme pages equal the host quantizer's", async () => {
-    const random = seededRandom(`seal ${name}`);
+    const random = seededRandom(`seal ${name} ${variant}`);
     const format = kvFormat(name);
-    const headDim = random.pick(format.rotated ? [32, 64, 128] : [32, 64, 96, 128]);
-    const shape = {
-      layers: 1,
-      kvHeads: random.pick([1, 2, 3]),
-      headDim,
-      blockTokens: random.pick([32, 64]),
-      residualTokens: 64,
-    };
-    const fitted = { ...shape, residualTokens: shape.blockTokens };
+    const shape = variant === "loops" ? randomShape(random, format) : (TILE_SHAPES[name] as KvShape);
+    const { headDim } = shape;
+    const from = random.pick(["residual", "chunk"] as const);
     const count = shape.blockTokens * shape.kvHeads * headDim;
     const kinds: [string, () => number][] = [
       ["normal", () => random.normal(random.pick([0, 20]), 8)],
@@ -267,21 +288,23 @@ describe.each(["f16", "kivi2", "kivi2r", "kivi4r", "kivi-k4v2", "kivi-k2v4"])("s
       ["constant", () => -3.5],
       ["extremes", () => (format.rotated ? random.normal(0, 1000) : random.pick([65504, -65504]))],
       ["subnormal", () => random.integer(-1023, 1023) * 2 ** -24],
+      ["ties", () => random.integer(-6, 6) / 2],
+      ["offset", () => random.normal(300, 0.2)],
       ["sparse", () => (random.uniform() < 0.02 ? random.normal(0, 100) : 0)],
     ];
     for (const [kind, draw] of kinds) {
       const keys = Uint16Array.from({ length: count }, () => floatToHalf(draw()));
       const values = Uint16Array.from({ length: count }, () => floatToHalf(draw()));
       if (kind === "normal") keys.fill(0, 0, shape.kvHeads * headDim); // a token of norm zero
-      const { page, status } = await sealOnGpu(format, fitted, keys, values);
+      const { page, status } = await sealOnGpu(variant, format, shape, keys, values, from);
       expect(status, kind).toBe(0);
       const input = { keys: Float32Array.from(keys, halfToFloat), values: Float32Array.from(values, halfToFloat) };
-      const expected = encodePage(format, fitted, input);
+      const expected = encodePage(format, shape, input);
       const different = page.reduce((sum, byte, i) => sum + (byte === expected[i] ? 0 : 1), 0);
       // Sums of squares in another order may move a norm, and with it its token's codes, by a rounding.
       expect(different, `${kind}: bytes that differ`).toBeLessThanOrEqual(format.rotated ? page.length / 100 : 0);
-      const ours = decodePage(format, fitted, page);
-      const theirs = decodePage(format, fitted, expected);
+      const ours = decodePage(format, shape, page);
+      const theirs = decodePage(format, shape, expected);
       expect(compareArrays(ours.keys, theirs.keys).nmse, kind).toBeLessThan(1e-4);
       expect(compareArrays(ours.values, theirs.values).nmse, kind).toBeLessThan(1e-4);
     }
@@ -293,20 +316,22 @@ describe.each(["f16", "kivi2", "kivi2r", "kivi4r", "kivi-k4v2", "kivi-k2v4"])("s
     ["minus infinity", 0xfc00],
   ])("%s in K or V is flagged", async (_, bad) => {
     const format = kvFormat(name);
-    const shape = { layers: 1, kvHeads: 2, headDim: 32, blockTokens: 32, residualTokens: 32 };
-    const good = Uint16Array.from({ length: 2048 }, (__, i) => floatToHalf(Math.sin(i)));
+    const small = { layers: 1, kvHeads: 2, headDim: 32, blockTokens: 32, residualTokens: 32 };
+    const shape = variant === "loops" ? small : (TILE_SHAPES[name] as KvShape);
+    const length = shape.blockTokens * shape.kvHeads * shape.headDim;
+    const good = Uint16Array.from({ length }, (__, i) => floatToHalf(Math.sin(i)));
     const broken = good.slice();
-    broken[1234] = bad;
-    expect((await sealOnGpu(format, shape, good, good)).status).toBe(0);
-    expect((await sealOnGpu(format, shape, broken, good)).status & KV_STATUS_KEY_NOT_FINITE).not.toBe(0);
-    expect((await sealOnGpu(format, shape, good, broken)).status & KV_STATUS_VALUE_NOT_FINITE).not.toBe(0);
+    broken[Math.floor(0.6 * length)] = bad;
+    expect((await sealOnGpu(variant, format, shape, good, good)).status).toBe(0);
+    expect((await sealOnGpu(variant, format, shape, broken, good)).status & KV_STATUS_KEY_NOT_FINITE).not.toBe(0);
+    expect((await sealOnGpu(variant, format, shape, good, broken)).status & KV_STATUS_VALUE_NOT_FINITE).not.toBe(0);
   });
 });
 
-test("a rotated V whose group no longer fits f16 is flagged", async () => {
+test.each(VARIANTS)("a rotated V whose group no longer fits f16 is flagged: %s", async (variant) => {
   const shape = { layers: 1, kvHeads: 1, headDim: 64, blockTokens: 32, residualTokens: 32 };
   const keys = new Uint16Array(2048).fill(floatToHalf(1));
   const values = new Uint16Array(2048).fill(floatToHalf(60000));
-  const { status } = await sealOnGpu(kvFormat("kivi2r"), shape, keys, values);
+  const { status } = await sealOnGpu(variant, kvFormat("kivi2r"), shape, keys, values);
   expect(status).toBe(KV_STATUS_VALUE_NOT_FINITE);
 });

@@ -187,7 +187,7 @@ export function kvSealWgsl(template: KvSealTemplate): string {
   const quantized = format.keyBits < 16 || format.valueBits < 16;
   return `requires immediate_address_space;
 // one is 1: loops that the driver must not unroll multiply their bound by it.
-struct Step { one: u32 }
+struct Step { one: u32, first: u32 }
 var<immediate> params: Step;
 @group(0) @binding(0) var<storage, read> source: array<u32>;
 @group(0) @binding(1) var<storage, read> seals: array<vec4u>;
@@ -209,7 +209,7 @@ ${quantizeText("Key", format.keyBits)}
 ${quantizeText("Value", format.valueBits)}
 ${quantized ? rowText(template) : ""}
 @compute @workgroup_size(32) fn main(@builtin(workgroup_id) wid: vec3u, @builtin(local_invocation_index) token: u32) {
-  let entry = seals[wid.x / ${groups}u];
+  let entry = seals[params.first + wid.x / ${groups}u];
   let group = wid.x % ${groups}u;
   let kvHead = wid.y;
   let slot = entry.y;

@@ -12,6 +12,8 @@ export interface RmsNormTemplate {
    * `registers`: the row stays in registers between its two uses, and subgroups add.
    */
   readonly variant: "loops" | "registers";
+  /** Threads of a workgroup of `registers`. Default: by the row's length. */
+  readonly threads?: number;
 }
 
 const LOOP_THREADS = 64;
@@ -21,8 +23,9 @@ const LEAST_SUBGROUP = 4;
 const MOST_REGISTERS = 8;
 
 /** Threads of a workgroup. */
-export function rmsNormThreads({ hidden, variant }: Pick<RmsNormTemplate, "hidden" | "variant">): number {
+export function rmsNormThreads({ hidden, variant, threads }: RmsNormTemplate): number {
   if (variant === "loops") return LOOP_THREADS;
+  if (threads !== undefined) return threads;
   const vectors = hidden / 4;
   return [64, 128].find((threads) => vectors <= 2 * threads) ?? 256;
 }
