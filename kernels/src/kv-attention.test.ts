@@ -4,6 +4,7 @@ import type { LanePlan } from "./kv-attention-template.ts";
 import type { DecodeVariant } from "./kv-decode.ts";
 import type { CodeForm } from "./kv-decode-packed.wgsl.ts";
 import { kvFormat } from "./kv-format.ts";
+import type { PrefillVariant } from "./kv-prefill.ts";
 import { assertClose, assertSameBits } from "./testing/comparison.ts";
 import { type KvRow, KvSequences, type KvSetup } from "./testing/kv-sequences.ts";
 import { type Random, seededRandom } from "./testing/random.ts";
@@ -23,6 +24,7 @@ interface Case {
   readonly blockTokens?: number;
   readonly decodeVariant?: DecodeVariant;
   readonly codeForm?: CodeForm;
+  readonly prefillVariant?: PrefillVariant;
 }
 
 // Every format, head size and query group at least once; MQA, and the variant without subgroup operations.
@@ -66,6 +68,7 @@ function setup(c: Case, random: Random, change: Partial<KvSetup> = {}): KvSetup 
     seed: random.uint32(),
     ...(c.lanePlan === undefined ? {} : { lanePlan: c.lanePlan }),
     ...(c.decodeVariant === undefined ? {} : { decodeVariant: c.decodeVariant }),
+    ...(c.prefillVariant === undefined ? {} : { prefillVariant: c.prefillVariant }),
     ...(c.codeForm === undefined ? {} : { codeForm: c.codeForm }),
     ...change,
   };
@@ -88,9 +91,10 @@ async function checkRows(
     const row = rows[i] as KvRow;
     const expected = await sequences.reference(row, phase === "prefill" ? i : undefined);
     const context = `${what}, slot ${row.slot}, position ${row.position}`;
-    // Packed decode folds q and p into f16.
-    const packed = phase === "decode" && sequences.kernels.decodeVariant === "packed";
-    const tolerance = packed ? { nmse: 2e-5, maxAbs: 5e-2 } : { nmse: 1e-10, maxAbs: 5e-5 };
+    // Packed decode folds q and p into f16; matrices are of f16.
+    const { decodeVariant, prefillVariant } = sequences.kernels;
+    const halves = phase === "decode" ? decodeVariant === "packed" : prefillVariant === "matrix";
+    const tolerance = halves ? { nmse: 2e-5, maxAbs: 5e-2 } : { nmse: 1e-10, maxAbs: 5e-5 };
     assertClose(context, output.subarray(i * width, (i + 1) * width), expected, tolerance);
   }
 }
@@ -252,6 +256,19 @@ describe.each([undefined, "packed"] as const)("several decode steps, %s", (decod
     single.destroy();
     together.destroy();
   });
+});
+
+test("prefill by matrices, into f16", async () => {
+  const random = seededRandom("matrix prefill");
+  const c: Case = { format: "kivi2r", headDim: 32, heads: 2, kvHeads: 1, prefillVariant: "matrix" };
+  const sequences = await KvSequences.create(gpu, setup(c, random, { outputType: "f16" }));
+  const output = await sequences.prefill([{ slot: 2, position: 0, tokens: 70 }]);
+  const width = 2 * 32;
+  for (const i of [0, 63, 64, 69]) {
+    const expected = await sequences.reference({ slot: 2, position: i }, i);
+    assertClose(`row ${i}`, output.subarray(i * width, (i + 1) * width), expected, { nmse: 2e-5, maxAbs: 5e-2 });
+  }
+  sequences.destroy();
 });
 
 test("plans refuse chunks off a window, slots and positions out of range", async () => {

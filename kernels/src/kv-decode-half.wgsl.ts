@@ -1,6 +1,6 @@
 /**
  * WGSL of the decode split over f16 pages. A workgroup is 32 lanes: it takes some queries of one KV head of one row over
- * some consecutive splits, 32 tokens at a time. Logits: lane = token, 16 bytes a load; output: lane = words of V of four
+ * one split, 32 tokens at a time. Logits: lane = token, 16 bytes a load; output: lane = words of V of four
  * tokens. All of K's bytes of a group are under way at once, and V's while K is worked on.
  */
 import { each, range } from "./kv-attention-template.ts";
@@ -68,12 +68,12 @@ function storePartials({ queries, shape, heads }: DecodeHalfTemplate): string {
     queries,
     (
       r,
-    ) => `      { let total = laneSum(total${r}, lane); let out = ((wid.z * ${heads}u + head${r}) * params.splits + split) * ${d + 2}u;
+    ) => `      { let total = laneSum(total${r}, lane); let out = ((wid.z * ${heads}u + head${r}) * params.splits + wid.x) * ${d + 2}u;
         if (firstQuery + ${r}u < ${gqa}u) {
           ${each(words, (w) => `partials[out + ${w * 64}u + 2u * lane] = a${r}_${w}.x; partials[out + ${w * 64}u + 2u * lane + 1u] = a${r}_${w}.y;`, " ")}
           if (lane == 0u) { partials[out + ${d}u] = top${r}; partials[out + ${d + 1}u] = total; }
         }
-        top${r} = -1.0e30; total${r} = 0.0; ${each(words, (w) => `a${r}_${w} = vec2f();`, " ")} }`,
+      }`,
   );
 }
 
@@ -109,12 +109,10 @@ ${queryRopeWgsl(template)}
   let position = rows[row].x + params.step;
   let slot = rows[row].y;
   let sealed = position - position % ${shape.residualTokens}u;
-  var split = wid.x * params.walk;
-  let start = split * params.splitTokens;
+  let start = wid.x * params.splitTokens;
   if (start >= sealed) { return; }
-  let splitGroups = params.splitTokens / 32u;
   let first = start / 32u;
-  let end = min(start + params.walk * params.splitTokens, sealed) / 32u;
+  let end = min(start + params.splitTokens, sealed) / 32u;
 ${each(queries, (r) => `  let head${r} = kvHead * ${gqa}u + min(firstQuery + ${r}u, ${gqa - 1}u); var top${r} = -1.0e30; var total${r} = 0.0; ${each(words, (w) => `var a${r}_${w} = vec2f();`, " ")}`)}
   var here = ${at("first")};
   ${range(columns)
@@ -125,7 +123,6 @@ ${each(
   (r) =>
     `  for (var i = lane; i < ${d}u * params.one; i += 32u) { turned[${(r * d) / 4}u + i / 4u][i % 4u] = turnedQuery(row * ${width}u + head${r} * ${d}u, i, position) * ${scale * Math.LOG2E}; }`,
 )}
-  var left = splitGroups;
   workgroupBarrier();
   for (var g = first; g < end; g++) {
     ${each(8, (quad) => each(words, (w) => `let value${quad}_${w} = pages[here + ${layout.valueCodes / 4 + quad * (d / 2) + w * 32}u];`, " "), " ")}
@@ -138,12 +135,7 @@ ${keyPhase(template)}
     workgroupBarrier();
 ${valuePhase(template)}
     workgroupBarrier();
-    left--;
-    if (left == 0u || g + 1u == end) {
-${storePartials(template)}
-      left = splitGroups;
-      split++;
-    }
   }
+${storePartials(template)}
 }`;
 }

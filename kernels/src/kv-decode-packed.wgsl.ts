@@ -32,8 +32,6 @@ export interface DecodePackedTemplate extends QueryRope {
   readonly scale: number;
   readonly form: CodeForm;
   readonly exchange: LaneExchange;
-  /** Words of K whose products are added in f16 before f32 takes them. */
-  readonly keyFlush?: number;
 }
 
 /** Whether the kernel can hold the format and shape. */
@@ -47,12 +45,12 @@ export function queryTiles(queriesPerKvHead: number, most: number): { queries: n
   return { queries: Math.ceil(queriesPerKvHead / tiles), tiles };
 }
 
-/** Words of the immediate block: one, firstRow, step, splitTokens, splits, walk. */
-export const DECODE_SPLIT_IMMEDIATES = 6;
+/** Words of the immediate block: one, firstRow, step, splitTokens, splits. */
+export const DECODE_SPLIT_IMMEDIATES = 5;
 
 /** Text of the immediate block of all split kernels. */
 export const DECODE_SPLIT_STEP = `
-struct Step { one: u32, firstRow: u32, step: u32, splitTokens: u32, splits: u32, walk: u32 }
+struct Step { one: u32, firstRow: u32, step: u32, splitTokens: u32, splits: u32 }
 var<immediate> params: Step;`;
 
 /** How codes of `bits` in a word become pairs (i, i + C/2) of f16. */
@@ -140,23 +138,30 @@ function planOf(template: DecodePackedTemplate): Plan {
   };
 }
 
-/** Names of what a group's loads fill. */
-function loadNames({ keyLoads, valueLoads, template }: Plan): readonly string[] {
-  const names = [...range(keyLoads).map((i) => `Key${i}`), "KeyMeta", ...range(valueLoads).map((i) => `Value${i}`)];
-  return [...names, "ValueMeta", ...(template.format.rotated ? ["Norm"] : [])];
-}
-
-/** Loads group `g` of the sequence, whose page is `page`, into n*. */
-function loads({ template, d, keyLoads, valueLoads }: Plan, g: string, page: string): string {
+/**
+ * Loads of a group into registers. `at` is the head's first vec4 in the group's page, `group` the group in the page. Codes
+ * travel while the other side is worked on; scales and zeros a group earlier, so that K's are folded in time.
+ */
+function keyCodes({ template, keyLoads }: Plan, at: string, group: string): string {
   const { format, shape } = template;
   const layout = kvPageLayout(format, shape);
-  const norm = `pages[${page} * ${layout.page / 4}u + ${layout.norms / 4}u + group * 4u + lane / 8u][(lane / 2u) & 3u]`;
-  return `    { let group = ${g} % ${shape.blockTokens / KV_GROUP}u; let at = ${page} * ${layout.page / 4}u + kvHead * ${layout.head / 4}u;
-      let keyAt = at + group * ${keyLoads * 32}u + lane; let valueAt = at + ${layout.valueCodes / 4}u + group * ${valueLoads * 32}u + lane;
-      let metaAt = at + group * ${d / 4}u + metaLane;
-      ${each(keyLoads, (i) => `nKey${i} = pages[keyAt + ${i * 32}u];`, " ")} nKeyMeta = pages[metaAt + ${layout.keyMeta / 4}u];
-      ${each(valueLoads, (i) => `nValue${i} = pages[valueAt + ${i * 32}u];`, " ")} nValueMeta = pages[metaAt + ${layout.valueMeta / 4}u];
-      ${format.rotated ? `nNorm = ${norm};` : ""} }`;
+  const norms = `${at} - kvHead * ${layout.head / 4}u + ${layout.norms / 4}u + ${group} * 4u + lane / 8u`;
+  const norm = format.rotated ? ` keyNorm = pages[${norms}][(lane / 2u) & 3u];` : "";
+  return `${each(keyLoads, (i) => `key${i} = pages[${at} + ${group} * ${keyLoads * 32}u + ${i * 32}u + lane];`, " ")}${norm}`;
+}
+
+function valueCodes({ template, valueLoads }: Plan, at: string, group: string): string {
+  const codes = kvPageLayout(template.format, template.shape).valueCodes / 4;
+  return each(
+    valueLoads,
+    (i) => `let value${i} = pages[${at} + ${group} * ${valueLoads * 32}u + ${codes + i * 32}u + lane];`,
+    " ",
+  );
+}
+
+function metaWords({ template, d }: Plan, side: "keyMeta" | "valueMeta", at: string, group: string): string {
+  const offset = kvPageLayout(template.format, template.shape)[side] / 4;
+  return `${side} = pages[${at} + ${group} * ${d / 4}u + ${offset}u + metaLane];`;
 }
 
 /** q{r}: the lane's four channels (c, c + C/2, c + 1, c + 1 + C/2), turned, rotated, times the factor of the logits. */
@@ -205,44 +210,51 @@ const powers = (name: string, values: string, { top, unit }: Unpacking) =>
 
 const most = (v: string) => `max(max(${v}.x, ${v}.y), max(${v}.z, ${v}.w))`;
 
-/** Logits, relative weights p{r}, the group's logit g{r}. */
-function keyPhase(plan: Plan): string {
-  const { template, d, queries, key, keyLoads, metaLanes } = plan;
-  const { rotated } = template.format;
-  const flush = template.form === "offset" ? 1 : (template.keyFlush ?? 1);
+/** Folds K's scales and zeros of a group into q: `folded`, back{r}, zero{r}. */
+function foldKeys({ d, queries, key, metaLanes }: Plan): string {
   const chunks = d / 8;
   const mine = (text: string) => (metaLanes < DECODE_LANES ? `select(0.0, ${text}, lane < ${metaLanes}u)` : text);
+  return `    { ${meta("k", "keyMeta", key.base)}
+${each(
+  queries,
+  (r) => `      { let x = q${r} * kScale; let y = abs(x); ${powers("k", most("y"), key)}
+        let a = vec2<f16>(x.xy * (kRaise * place0)); let b = vec2<f16>(x.zw * (kRaise * place1));
+        folded[${r * chunks}u + metaLane / 2u][(metaLane & 1u) * 2u] = bitcast<u32>(a); folded[${r * chunks}u + metaLane / 2u][(metaLane & 1u) * 2u + 1u] = bitcast<u32>(b);
+        back${r} = kBack; zero${r} = laneSum(${mine(`dot(q${r}, kZero)`)}, lane); }`,
+)} }`;
+}
+
+/** Logits, relative weights p{r} in `probs`, the group's logit g{r}. */
+function keyPhase(plan: Plan): string {
+  const { template, d, queries, key, keyLoads } = plan;
+  const { rotated } = template.format;
+  const chunks = d / 8;
   const perWord = key.pairs / 4;
-  const word = (w: number) => {
-    const name = `cKey${w >> 2}.${"xyzw"[w & 3]}`;
-    const last = w % flush === flush - 1;
-    return `    { ${key.prepare("w", name)} ${each(key.pairs, (i) => `let e${i} = ${key.pair("w", i)};`, " ")}
+  const exact = template.form === "offset";
+  // Two words at once: their sums do not wait for each other. They meet in f16 unless they carry an offset.
+  const words = (first: number) => `    { ${each(
+    2,
+    (n) =>
+      `${key.prepare(`w${n}`, `key${first >> 2}.${"xyzw"[(first + n) & 3]}`)} ${each(key.pairs, (i) => `let e${n}_${i} = ${key.pair(`w${n}`, i)};`, " ")}`,
+    "\n      ",
+  )}
 ${each(
   queries,
   (
     r,
-  ) => `      { ${w % flush === 0 ? `acc${r} = vec2<f16>();` : ""} ${each(perWord, (c) => `let f${c} = folded[${r * chunks + w * perWord + c}u];`, " ")}
-        ${each(key.pairs, (i) => `acc${r} = fma(bitcast<vec2<f16>>(f${i >> 2}.${"xyzw"[i & 3]}), e${i}, acc${r});`, " ")}
-        ${last ? `let t = vec2f(acc${r}); s${r} += t.x + t.y;` : ""} }`,
+  ) => `      { ${each(2, (n) => each(perWord, (c) => `let f${n}_${c} = folded[${r * chunks + (first + n) * perWord + c}u];`, " "), " ")} ${each(2, (n) => `var acc${n} = vec2<f16>();`, " ")}
+        ${each(key.pairs, (i) => each(2, (n) => `acc${n} = fma(bitcast<vec2<f16>>(f${n}_${i >> 2}.${"xyzw"[i & 3]}), e${n}_${i}, acc${n});`, " "), " ")}
+        let t = ${exact ? "vec2f(acc0) + vec2f(acc1)" : "vec2f(acc0 + acc1)"}; s${r} += t.x + t.y; }`,
 )} }`;
-  };
-  return `    ${meta("k", "cKeyMeta", key.base)}
-${each(
-  queries,
-  (r) => `    let x${r} = q${r} * kScale; let y${r} = abs(x${r});
-    ${powers(`k${r}`, most(`y${r}`), key)}
-    { let a = x${r}.xy * (k${r}Raise * place0); let b = x${r}.zw * (k${r}Raise * place1);
-      folded[${r * chunks}u + metaLane / 2u][(metaLane & 1u) * 2u] = bitcast<u32>(vec2<f16>(a)); folded[${r * chunks}u + metaLane / 2u][(metaLane & 1u) * 2u + 1u] = bitcast<u32>(vec2<f16>(b)); }
-    let zero${r} = laneSum(${mine(`dot(q${r}, kZero)`)}, lane); var s${r} = 0.0; var acc${r} = vec2<f16>();`,
-)}
-    workgroupBarrier();
-${range(keyLoads * 4)
-  .map(word)
+  return `    ${each(queries, (r) => `var s${r} = 0.0;`, " ")}
+${range(keyLoads * 2)
+  .map((pair) => words(pair * 2))
   .join("\n")}
-    ${rotated ? "let norm = unpack2x16float(cNorm >> ((lane & 1u) * 16u)).x;" : ""}
+    ${rotated ? "let norm = unpack2x16float(keyNorm >> ((lane & 1u) * 16u)).x;" : ""}
+    ${keyCodes(plan, "at1", "group1")}
 ${each(
   queries,
-  (r) => `    let logit${r} = ${rotated ? `fma(s${r}, k${r}Back, zero${r}) * norm` : `s${r} * k${r}Back`};
+  (r) => `    let logit${r} = ${rotated ? `fma(s${r}, back${r}, zero${r}) * norm` : `s${r} * back${r}`};
     let best${r} = laneMax(logit${r}, lane); let p${r} = exp2(logit${r} - best${r}); let g${r} = best${r}${rotated ? "" : ` + zero${r}`};
     probs[${r * 8}u + lane / 4u][lane & 3u] = p${r};`,
 )}`;
@@ -253,16 +265,13 @@ function valuePhase(plan: Plan): string {
   const { queries, value, valueLoads, valueWords, parts } = plan;
   const stored = 8 * parts;
   const token = (i: number, t: number) =>
-    `      { ${value.prepare("w", `cValue${i}.${"xyzw"[t]}`)} ${each(value.pairs, (j) => `let e${j} = ${value.pair("w", j)};`, " ")}
+    `      { ${value.prepare("w", `value${i}.${"xyzw"[t]}`)} ${each(value.pairs, (j) => `let e${j} = ${value.pair("w", j)};`, " ")}
 ${each(
   queries,
   (r) =>
     `        { let p = vec2<f16>(w${r}${t >> 1}.${"xy"[t & 1]}); ${each(value.pairs, (j) => `h${r}_${j} = fma(p, e${j}, h${r}_${j});`, " ")} }`,
 )} }`;
-  return `    ${meta("v", "cValueMeta", value.base)}
-    ${powers("v", most("vScale"), value)}
-    let vRaised = vScale * vRaise;
-    workgroupBarrier();
+  return `    workgroupBarrier();
 ${each(
   queries,
   (
@@ -273,6 +282,8 @@ ${each(
       weights[${r * stored}u + metaLane] = vec2u(bitcast<u32>(vec2<f16>(x.xy)), bitcast<u32>(vec2<f16>(x.zw))); }
     ${each(value.pairs, (j) => `var h${r}_${j} = vec2<f16>();`, " ")}`,
 )}
+${foldKeys(plan)}
+    ${metaWords(plan, "keyMeta", "at2", "group2")} ${metaWords(plan, "valueMeta", "at1", "group1")}
     workgroupBarrier();
 ${each(
   valueLoads,
@@ -284,7 +295,7 @@ ${each(4, (t) => token(i, t))} }`,
 ${each(queries, (r) => `    { let join = join${r} * vBack; ${each(value.pairs, (j) => `a${r}_${j} = fma(vec2f(h${r}_${j}), vec2f(join), a${r}_${j});`, " ")} }`)}`;
 }
 
-/** Writes the finished split's partials and clears the sums. */
+/** Writes the split's partials. */
 function storePartials(plan: Plan): string {
   const { template, d, queries, value, valueWords, parts } = plan;
   const { heads, shape, format } = template;
@@ -322,22 +333,18 @@ ${each(
         ${scatter(r)}
         ${each(3, (i) => `z${r} += laneXor(z${r}, ${parts << i}u, lane);`, " ")}
         let zero = laneRead(z${r}, (lane % ${valueWords}u) * ${perWord}u / 32u, lane); let total = laneSum(total${r}, lane);
-        let out = ((wid.z * ${heads}u + head${r}) * params.splits + split) * ${d + 2}u;
+        let out = ((wid.z * ${heads}u + head${r}) * params.splits + wid.x) * ${d + 2}u;
         ${when(
           r,
           `${each(left, (i) => `partials[out + outChannel + ${i}u] = o${last}_${i}.x + zero; partials[out + outChannel + ${i + value.pairs}u] = o${last}_${i}.y + zero;`, " ")}
         if (lane == 0u) { partials[out + ${d}u] = top${r}; partials[out + ${d + 1}u] = total; }`,
-        )}
-        top${r} = -1.0e30; total${r} = 0.0; z${r} = 0.0; ${each(value.pairs, (j) => `a${r}_${j} = vec2f();`, " ")} }`,
+        )} }`,
 )}`;
 }
 
-function declarations(plan: Plan): string {
-  const { queries, value } = plan;
-  return `${each(queries, (r) => `  var top${r} = -1.0e30; var total${r} = 0.0; var z${r} = 0.0; ${each(value.pairs, (j) => `var a${r}_${j} = vec2f();`, " ")}`)}
-  ${loadNames(plan)
-    .map((name) => (name === "Norm" ? "var nNorm = 0u;" : `var n${name} = vec4u();`))
-    .join(" ")}`;
+function declarations({ queries, value, keyLoads, template }: Plan): string {
+  return `${each(queries, (r) => `  var top${r} = -1.0e30; var total${r} = 0.0; var z${r} = 0.0; var back${r} = 0.0; var zero${r} = 0.0; ${each(value.pairs, (j) => `var a${r}_${j} = vec2f();`, " ")}`)}
+  ${each(keyLoads, (i) => `var key${i} = vec4u();`, " ")} var keyMeta = vec4u(); var valueMeta = vec4u(); ${template.format.rotated ? "var keyNorm = 0u;" : ""}`;
 }
 
 function head(plan: Plan): string {
@@ -362,17 +369,18 @@ ${queryRopeWgsl(template)}`;
 
 /**
  * Bindings: qkv f32, pages, rows, pageTable, partials, ropeTable. Immediates: {@link DECODE_SPLIT_STEP}. Grid: splits of
- * the longest row / walk, kvHeads × tiles of queries, rows.
+ * the longest row, kvHeads × tiles of queries, rows.
  */
 export function decodePackedWgsl(template: DecodePackedTemplate): string {
   const plan = planOf(template);
   const { shape, maxPages, heads, queries } = template;
   const { tiles } = queryTiles(heads / shape.kvHeads, queries);
-  const { metaLanes, valueWords, parts } = plan;
+  const { metaLanes, valueWords, parts, value } = plan;
   const perWord = codesPerWord(template.format.valueBits);
   const pageGroups = shape.blockTokens / KV_GROUP;
-  const names = loadNames(plan);
+  const layout = kvPageLayout(template.format, shape);
   const pageOf = (g: string) => `pageTable[slot * ${maxPages}u + ${g} / ${pageGroups}u]`;
+  const headAt = (page: string) => `${page} * ${layout.page / 4}u + kvHead * ${layout.head / 4}u`;
   return `${head(plan)}
 @compute @workgroup_size(${DECODE_LANES}) fn main(@builtin(workgroup_id) wid: vec3u, @builtin(local_invocation_index) lane: u32) {
   let kvHead = wid.y / ${tiles}u; let firstQuery = wid.y % ${tiles}u * ${queries}u;
@@ -380,37 +388,35 @@ export function decodePackedWgsl(template: DecodePackedTemplate): string {
   let position = rows[row].x + params.step;
   let slot = rows[row].y;
   let sealed = position - position % ${shape.residualTokens}u;
-  var split = wid.x * params.walk;
-  let start = split * params.splitTokens;
+  let start = wid.x * params.splitTokens;
   if (start >= sealed) { return; }
-  let splitGroups = params.splitTokens / 32u;
-  // Groups of the sequence: the first and the one after the last.
+  // Groups of the sequence: the first and the last.
   let first = start / 32u;
-  let end = min(start + params.walk * params.splitTokens, sealed) / 32u;
+  let end = min(start + params.splitTokens, sealed) / 32u - 1u;
   let metaLane = lane & ${metaLanes - 1}u;
   // Weights of the lane's word in its first vec4: (quad, part).
   let valueAt = (lane / ${valueWords}u) * ${parts}u + (lane % ${valueWords}u) * ${perWord}u / 32u;
 ${declarations(plan)}
-  var nextPage = ${pageOf("first")};
-${loads(plan, "first", "nextPage")}
-  nextPage = ${pageOf("min(first + 1u, end - 1u)")};
+  var at0 = ${headAt(pageOf("first"))}; var group0 = first % ${pageGroups}u;
+  var at1 = ${headAt(pageOf("min(first + 1u, end)"))}; var group1 = min(first + 1u, end) % ${pageGroups}u;
+  ${metaWords(plan, "keyMeta", "at0", "group0")} ${keyCodes(plan, "at0", "group0")} ${metaWords(plan, "valueMeta", "at0", "group0")}
+  var page2 = ${pageOf("min(first + 2u, end)")};
 ${loadQueries(plan)}
 ${placeFactors(plan)}
-  var left = splitGroups;
-  for (var g = first; g < end; g++) {
-    ${names.map((name) => `let c${name} = n${name};`).join(" ")}
-    // The next group's bytes travel while this one is worked on; the page of the one after that is known in time.
-    let following = min(g + 1u, end - 1u);
-${loads(plan, "following", "nextPage")}
-    nextPage = ${pageOf("min(g + 2u, end - 1u)")};
+${foldKeys(plan)}
+  ${metaWords(plan, "keyMeta", "at1", "group1")}
+  workgroupBarrier();
+  for (var g = first; g <= end; g++) {
+    let at2 = ${headAt("page2")}; let group2 = min(g + 2u, end) % ${pageGroups}u;
+    page2 = ${pageOf("min(g + 3u, end)")};
+    ${valueCodes(plan, "at0", "group0")}
+    ${meta("v", "valueMeta", value.base)}
+    ${powers("v", most("vScale"), value)}
+    let vRaised = vScale * vRaise;
 ${keyPhase(plan)}
 ${valuePhase(plan)}
-    left--;
-    if (left == 0u || g + 1u == end) {
-${storePartials(plan)}
-      left = splitGroups;
-      split++;
-    }
+    at0 = at1; group0 = group1; at1 = at2; group1 = group2;
   }
+${storePartials(plan)}
 }`;
 }

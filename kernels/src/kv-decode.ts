@@ -60,7 +60,7 @@ const PARTIALS_LIMIT = 64 << 20;
 /** Sealed tokens of a split where a row's bits must not depend on the rest of the batch. */
 const INVARIANT_SPLIT_TOKENS = 512;
 
-/** Workgroups of a dispatch above which splits are walked instead of spread. */
+/** Workgroups of a dispatch above which more splits do not pay. */
 const ENOUGH_WORKGROUPS = 8192;
 
 /** Query heads of a workgroup at most. */
@@ -73,8 +73,6 @@ export interface SplitPlan {
   readonly splitTokens: number;
   /** Splits of the longest row. */
   readonly splits: number;
-  /** Consecutive splits that one workgroup takes. */
-  readonly walk: number;
 }
 
 /** @param groups workgroups that share a split's tokens: rows × KV heads × tiles of queries. */
@@ -82,11 +80,10 @@ export function planSplits(numerics: "invariant" | "fast", groups: number, seale
   if (numerics === "fast") {
     const wanted = Math.max(1, Math.ceil(ENOUGH_WORKGROUPS / groups));
     const splitTokens = Math.max(128, Math.ceil(sealed / wanted / 128) * 128);
-    return { splitTokens, splits: Math.max(1, Math.ceil(sealed / splitTokens)), walk: 1 };
+    return { splitTokens, splits: Math.max(1, Math.ceil(sealed / splitTokens)) };
   }
   const splits = Math.max(1, Math.ceil(sealed / INVARIANT_SPLIT_TOKENS));
-  const walk = Math.max(1, Math.min(splits, Math.floor((groups * splits) / ENOUGH_WORKGROUPS)));
-  return { splitTokens: INVARIANT_SPLIT_TOKENS, splits, walk };
+  return { splitTokens: INVARIANT_SPLIT_TOKENS, splits };
 }
 
 /** Whether a workgroup of 32 threads is one subgroup. */
@@ -185,13 +182,13 @@ async function createFused(common: Common, variant: "packed" | "half"): Promise<
       return {
         encode(pass, plan) {
           const groups = plan.rows * shape.kvHeads * split.tiles;
-          const { splitTokens, splits, walk } = planSplits(numerics, groups, plan.sealed);
+          const { splitTokens, splits } = planSplits(numerics, groups, plan.sealed);
           const perRound = Math.max(1, Math.floor(capacity / splits));
           for (let first = 0; first < plan.rows; first += perRound) {
             const rows = Math.min(perRound, plan.rows - first);
             if (plan.sealed > 0) {
-              splitWords.set([1, first, plan.step, splitTokens, splits, walk]);
-              boundSplit.encode(pass, splitWords, [Math.ceil(splits / walk), shape.kvHeads * split.tiles, rows]);
+              splitWords.set([1, first, plan.step, splitTokens, splits]);
+              boundSplit.encode(pass, splitWords, [splits, shape.kvHeads * split.tiles, rows]);
             }
             mergeWords.set([1, first, plan.step, splitTokens, splits]);
             boundMerge.encode(pass, mergeWords, [shape.kvHeads * merge.tiles, rows]);

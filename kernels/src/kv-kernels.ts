@@ -9,11 +9,17 @@ import type { Gpu } from "./device.ts";
 import type { ActivationOutput } from "./half-output.wgsl.ts";
 import type { Kernel } from "./kernel.ts";
 import { cachedKernel } from "./kernel-cache.ts";
-import { prefillAttentionWgsl } from "./kv-attention.wgsl.ts";
 import { type AttentionTemplate, type LanePlan, SPLIT_TOKENS } from "./kv-attention-template.ts";
 import { createDecodeAttention, type DecodeAttention, type DecodeVariant } from "./kv-decode.ts";
 import type { CodeForm } from "./kv-decode-packed.wgsl.ts";
 import { type KvFormat, type KvShape, validateKv } from "./kv-format.ts";
+import {
+  choosePrefill,
+  createPrefillAttention,
+  type PrefillAttention,
+  type PrefillChoice,
+  type PrefillVariant,
+} from "./kv-prefill.ts";
 import { createKvSeal, type KvSeal } from "./kv-seal.ts";
 import {
   createKvStepTables,
@@ -59,6 +65,8 @@ export interface KvKernelOptions {
   readonly numerics?: "invariant" | "fast";
   /** Overrides the kernels of decode attention that the device, format and shape would get; for tests. */
   readonly decodeVariant?: DecodeVariant;
+  /** Overrides the kernel of prefill attention; for tests. */
+  readonly prefillVariant?: PrefillVariant;
   /** How the packed decode kernel reads codes. Default: subnormals; "offset" where a driver flushes them. */
   readonly codeForm?: CodeForm;
   /** Overrides how a workgroup makes its vectors; for tests of the variants that other devices get. */
@@ -96,6 +104,7 @@ export interface KvKernels {
   readonly format: KvFormat;
   readonly shape: KvShape;
   readonly decodeVariant: DecodeVariant;
+  readonly prefillVariant: PrefillVariant;
   /** u32 [maxSlots][maxPagesPerSequence]: page of block i of the sequence in a slot. Written by `setPages`. */
   readonly pageTable: GPUBuffer;
   /** u32 [maxSlots]: KV_STATUS_* bits; nonzero means that K or V was NaN or beyond f16, and the sequence must fail. */
@@ -139,14 +148,13 @@ interface Shared {
   readonly tables: KvStepTables;
   readonly buffers: ReturnType<typeof createBuffers>;
   readonly kernels: Kernels;
-  readonly template: AttentionTemplate;
 }
 
 interface Kernels {
   readonly prefillWrite: Kernel;
   readonly prefillSeal: KvSeal;
   readonly decodeSeal: KvSeal;
-  readonly prefill: Kernel;
+  readonly prefill: PrefillAttention;
   readonly decode: DecodeAttention;
 }
 
@@ -222,6 +230,7 @@ async function compileKernels(
   gpu: Gpu,
   options: KvKernelOptions,
   template: AttentionTemplate,
+  choice: PrefillChoice,
   tables: ReturnType<typeof createBuffers>,
 ): Promise<Kernels> {
   const { format, shape, heads, maxPagesPerSequence: maxPages, ropeLayout, ropeDim = shape.headDim } = options;
@@ -245,7 +254,7 @@ async function compileKernels(
     compile("write prefill", kvWriteWgsl({ ...write, phase: "prefill" }), "wrrwww", 8),
     createKvSeal(gpu, { ...seal, ...chunkSource }),
     createKvSeal(gpu, { ...seal, ...residualSource }),
-    compile("attention prefill", prefillAttentionWgsl(template), "rrrrrw", 12),
+    createPrefillAttention(gpu, template, choice),
     createDecodeAttention(gpu, options, template, tables),
   ]);
   return { prefillWrite, prefillSeal, decodeSeal, prefill, decode };
@@ -259,10 +268,11 @@ export async function createKvKernels(gpu: Gpu, options: KvKernelOptions): Promi
   check(options);
   const { format, shape, maxRows, maxSlots, maxDecodeSteps = 1 } = options;
   const template = attentionTemplate(gpu, options);
-  const tables = createKvStepTables({ ...options, maxDecodeSteps, tileRows: template.tileRows });
+  const choice = choosePrefill(gpu, template, options.prefillVariant);
+  const tables = createKvStepTables({ ...options, maxDecodeSteps, tileRows: choice.tileRows });
   const buffers = createBuffers(gpu, options, tables);
-  const kernels = await compileKernels(gpu, options, template, buffers);
-  const shared = { options, tables, buffers, kernels, template };
+  const kernels = await compileKernels(gpu, options, template, choice, buffers);
+  const shared = { options, tables, buffers, kernels };
   const upload = (buffer: GPUBuffer, table: Uint32Array<ArrayBuffer>, entries: number) => {
     if (entries > 0) gpu.device.queue.writeBuffer(buffer, 0, table, 0, entries * 4);
   };
@@ -271,6 +281,7 @@ export async function createKvKernels(gpu: Gpu, options: KvKernelOptions): Promi
     format,
     shape,
     decodeVariant: kernels.decode.variant,
+    prefillVariant: choice.variant,
     pageTable: buffers.pageTable,
     status: buffers.status,
     bytes: Object.values(buffers).reduce((sum, { size }) => sum + size, kernels.decode.bytes),
@@ -324,26 +335,24 @@ function setPages(gpu: Gpu, { options, buffers }: Shared, slot: number, firstBlo
 }
 
 function bindLayer(shared: Shared, layer: KvLayerBuffers): KvLayer {
-  const { kernels, buffers, template, options } = shared;
+  const { kernels, buffers, options } = shared;
   const { qkv, pages, residual, chunkKv, output } = layer;
   const { ropeTable, prefillRows, prefillTiles, prefillSeals, decodeSeals, pageTable, status } = buffers;
   const prefillWrite = kernels.prefillWrite.bind([qkv, ropeTable, prefillRows, residual, status, chunkKv]);
   const prefillSeal = kernels.prefillSeal.bind({ source: chunkKv, seals: prefillSeals, pageTable, pages, status });
   const decodeSeal = kernels.decodeSeal.bind({ source: residual, seals: decodeSeals, pageTable, pages, status });
-  const prefill = kernels.prefill.bind([qkv, pages, chunkKv, prefillTiles, pageTable, output]);
+  const prefill = kernels.prefill.bind({ qkv, pages, chunkKv, tiles: prefillTiles, pageTable, output });
   const decode = kernels.decode.bind({ qkv, pages, residual, output });
   const { shape, heads } = options;
   const writeGrid = Math.ceil(((heads + 2 * shape.kvHeads) * shape.headDim) / 4 / WRITE_THREADS);
-  const headParts = heads / template.queryHeads;
-  // Immediates: first row and step of the write; `one`, first row and step of attention.
+  // First row and step.
   const writeWords = new Uint32Array(2);
-  const words = new Uint32Array([1, 0, 0]);
   return {
     encodePrefill(pass, plan) {
       if (plan.rows === 0) return;
       prefillWrite.encode(pass, writeWords, [writeGrid, plan.rows]);
       if (plan.blocks > 0) prefillSeal.encode(pass, plan.blocks);
-      prefill.encode(pass, words, [plan.tiles, headParts]);
+      prefill.encode(pass, plan);
     },
     encodeDecode(pass, plan) {
       if (plan.rows > 0) decode.encode(pass, plan);

@@ -206,10 +206,13 @@ async function prepareDecode(gpu: Gpu, decode: DecodeShape): Promise<PreparedCas
   });
   const random = new Random(batch + context + heads);
   const count = batch * maxPages;
-  const pages = createStorage(gpu, "pages", count * pageBytes(format, shape));
-  await fillPages(gpu, format, shape, pages, count);
+  // Where a binding cannot hold all pages, later rows read those of earlier ones again: gigabytes later, from memory.
+  const most = Math.floor(gpu.device.limits.maxStorageBufferBindingSize / pageBytes(format, shape));
+  const stored = Math.min(count, most);
+  const pages = createStorage(gpu, "pages", stored * pageBytes(format, shape));
+  await fillPages(gpu, format, shape, pages, stored);
   // Pages of a sequence lie anywhere.
-  const table = Uint32Array.from({ length: count }, (_, i) => i);
+  const table = Uint32Array.from({ length: count }, (_, i) => i % stored);
   for (let i = count - 1; i > 0; i--) {
     const j = random.integer(0, i);
     [table[i], table[j]] = [table[j] as number, table[i] as number];
