@@ -28,7 +28,12 @@ export interface MatrixTile {
 export interface MatrixPrefillOptions {
   readonly encoding: WeightEncoding;
   readonly tile: MatrixTile;
-  /** Columns of K in a step; K is a multiple. */
+  /**
+   * 2: half of the subgroups walk the second half of K, and a sum is first + second. What decode's kernels compute, for
+   * many rows. K is split at a multiple of 32.
+   */
+  readonly slices: 1 | 2;
+  /** Columns of K in a step of a slice; K (its halves, if they are equal) is a multiple. */
   readonly depth: 32 | 64;
   readonly epilogue: "none" | "silu-mul";
   /** output += result, instead of output = result. */
@@ -62,6 +67,11 @@ function tileThreads(tile: MatrixTile): number {
   return tile.subgroupsM * tile.subgroupsN * MATRIX_THREADS;
 }
 
+/** Whether the second slice is a step shorter: then it multiplies zeros in its last. */
+function unequalSlices({ slices, depth, shape }: MatrixPrefillOptions): boolean {
+  return slices === 2 && (shape === undefined || shape.columns % (2 * depth) !== 0);
+}
+
 /** vec4s of a staged line. */
 function lineVectors({ depth }: MatrixPrefillOptions): number {
   return depth / 8 + 1;
@@ -81,7 +91,7 @@ interface Staging {
 
 /** The i-th of a thread's units, where `count` units are shared by all threads. */
 function guarded(count: number, threads: number, i: number, text: string): string {
-  return (i + 1) * threads <= count ? text : `if (thread < ${count - i * threads}u) { ${text} }`;
+  return (i + 1) * threads <= count ? text : `if (member < ${count - i * threads}u) { ${text} }`;
 }
 
 /**
@@ -92,9 +102,14 @@ function assignment(tile: MatrixTile, pieces: number) {
   return {
     /** Lines that all threads stage at a time. */
     lines: tileThreads(tile) / pieces,
-    line: pieces === 4 ? "(subgroup * 8u + ((lane >> 2u) & 1u) * 4u + (lane >> 3u))" : `(thread / ${pieces}u)`,
-    piece: `(thread % ${pieces}u)`,
+    line: pieces === 4 ? "(subgroup * 8u + ((lane >> 2u) & 1u) * 4u + (lane >> 3u))" : `(member / ${pieces}u)`,
+    piece: `(member % ${pieces}u)`,
   };
+}
+
+/** Zeros where the slice has ended. */
+function inside(options: MatrixPrefillOptions, value: string): string {
+  return unequalSlices(options) ? `select(vec4<u32>(), ${value}, column < sliceEnd)` : value;
 }
 
 function stageInput(options: MatrixPrefillOptions): Staging {
@@ -107,14 +122,21 @@ function stageInput(options: MatrixPrefillOptions): Staging {
   return {
     setup: `let inputLast = parameters.rows * (k / 8u) - 1u;
   let inputAt = (firstRow + ${line}) * (k / 8u) + ${piece};
-  let inputTo = ${line} * ${lineVectors(options)}u + ${piece};`,
+  let inputTo = stagedBase + ${line} * ${lineVectors(options)}u + ${piece};`,
     registers: units.map((i) => `var input${i} = vec4<u32>();`).join(" "),
     fetch: (column) =>
       units
         .map((i) => `input${i} = input[${wholeRows ? at(i, column) : `min(${at(i, column)}, inputLast)`}];`)
         .join("\n    "),
     store: units
-      .map((i) => guarded(count, threads, i, `staged[inputTo + ${i * lines * lineVectors(options)}u] = input${i};`))
+      .map((i) =>
+        guarded(
+          count,
+          threads,
+          i,
+          `staged[inputTo + ${i * lines * lineVectors(options)}u] = ${inside(options, `input${i}`)};`,
+        ),
+      )
       .join("\n    "),
   };
 }
@@ -150,11 +172,11 @@ function stageWeights(options: MatrixPrefillOptions, unit: MatrixWeightUnit): St
   };
   const store = (i: number) => {
     const to = `weightTo + ${i * lines * lineVectors(options)}u`;
-    return unit.halves(names(i)).map((halves, v) => `staged[${to} + ${v}u] = ${halves};`);
+    return unit.halves(names(i)).map((halves, v) => `staged[${to} + ${v}u] = ${inside(options, halves)};`);
   };
   return {
     setup: `let weightAt = (${first}) * ${rowUnits} + ${piece};
-  let weightTo = (${tileRows(tile)}u + ${line}) * ${lineVectors(options)}u + ${piece} * ${unit.columns / 8}u;`,
+  let weightTo = stagedBase + (${tileRows(tile)}u + ${line}) * ${lineVectors(options)}u + ${piece} * ${unit.columns / 8}u;`,
     registers: units.flatMap((i) => unit.fields.map(({ name, type }) => `var ${name}${i} = ${type}();`)).join(" "),
     fetch: (column) => units.map((i) => fetch(i, column)).join("\n    "),
     store: units.map((i) => guarded(count, threads, i, store(i).join(" "))).join("\n    "),
@@ -181,29 +203,37 @@ function multiply(options: MatrixPrefillOptions, slice: number): string {
 
 /** The walk over K. The last step fetches itself again rather than nothing: a branch would cost more. */
 function walk(options: MatrixPrefillOptions, input: Staging, weights: Staging): string {
-  const { depth } = options;
-  const slices = range(depth / MATRIX_SIZE).map((slice) => multiply(options, slice));
-  return `${input.registers}
+  const { depth, slices } = options;
+  const parts = range(depth / MATRIX_SIZE).map((slice) => multiply(options, slice));
+  const first = slices === 1 ? "0u" : "slice * half";
+  return `${slices === 1 ? "let half = k;" : `let half = (k / ${depth}u + 1u) / 2u * ${depth}u;`}
+  let sliceEnd = min(${first} + half, k);
+  ${input.registers}
   ${weights.registers}
   {
-    let first = 0u;
+    let first = min(${first}, k - ${depth}u);
     ${input.fetch("first")}
     ${weights.fetch("first")}
   }
-  for (var column = 0u; column < k; column += ${depth}u) {
+  for (var step = 0u; step < half; step += ${depth}u) {
+    let column = ${first} + step;
     workgroupBarrier();
     ${input.store}
     ${weights.store}
     workgroupBarrier();
-    let next = min(column + ${depth}u, k - ${depth}u);
+    let next = min(column + ${depth}u, sliceEnd - ${depth}u);
     ${input.fetch("next")}
     ${weights.fetch("next")}
-    ${slices.join("\n    ")}
+    ${parts.join("\n    ")}
   }`;
 }
 
-/** Sums of 16 rows of every subgroup go through workgroup memory; `write` handles one cell of them. */
-function strips({ tile, dialect }: MatrixPrefillOptions, cells: number, write: (m: number) => string): string {
+/**
+ * Sums of 16 rows of every subgroup go through workgroup memory; `write` handles one cell of them, by the threads of the
+ * first slice.
+ */
+function strips(options: MatrixPrefillOptions, cells: number, write: (m: number) => string): string {
+  const { tile, dialect, slices } = options;
   const { tilesM, tilesN } = tile;
   const stores = (m: number) =>
     range(tilesN).map((n) =>
@@ -214,18 +244,29 @@ function strips({ tile, dialect }: MatrixPrefillOptions, cells: number, write: (
       (m) => `workgroupBarrier();
   ${stores(m).join(" ")}
   workgroupBarrier();
-  for (var cell = lane; cell < ${cells}u; cell += ${MATRIX_THREADS}u) {
+  for (var cell = lane; cell < ${slices === 1 ? `${cells}u` : `select(0u, ${cells}u, slice == 0u)`}; cell += ${MATRIX_THREADS}u) {
     ${write(m)}
   }`,
     )
     .join("\n  ");
 }
 
+/** vec4s of the strips of one slice. */
+function stripVectors({ subgroupsM, subgroupsN, tilesN }: MatrixTile): number {
+  return subgroupsM * subgroupsN * MATRIX_SIZE * tilesN * 4;
+}
+
+/** `sumAt`: a vec4 of the strips, slices added in order. */
+function sumFunction({ tile, slices }: MatrixPrefillOptions): string {
+  const second = slices === 1 ? "" : ` + bitcast<vec4f>(staged[at + ${stripVectors(tile)}u])`;
+  return `fn sumAt(at: u32) -> vec4f { return bitcast<vec4f>(staged[at])${second}; }`;
+}
+
 function storeSums(options: MatrixPrefillOptions): string {
-  const { tile, dialect, accumulate, wholeRows, wholeOutputs } = options;
+  const { tile, dialect, slices, accumulate, wholeRows, wholeOutputs } = options;
   const begin = `let stride = parameters.outputStride / 4u;
   let first = tileRow * stride + (parameters.outputOffset + tileOutput) / 4u;`;
-  if (!accumulate && wholeRows && wholeOutputs) {
+  if (slices === 1 && !accumulate && wholeRows && wholeOutputs) {
     const stores = range(tile.tilesM).flatMap((m) =>
       range(tile.tilesN).map((n) =>
         dialect.storeVectors("output", "vec4f", `first + ${m * 16}u * stride + ${n * 4}u`, "stride", `c${m}_${n}`),
@@ -239,7 +280,7 @@ function storeSums(options: MatrixPrefillOptions): string {
     // What the tile before this one has added is not added again.
     if (row >= ownRow && row < parameters.rows && column >= ownOutput && column < n) {
       let at = first + (${m * MATRIX_SIZE}u + cell / ${vectors}u) * stride + cell % ${vectors}u;
-      output[at] = bitcast<vec4f>(staged[stripBase + cell])${accumulate ? " + output[at]" : ""};
+      output[at] = sumAt(stripBase + cell)${accumulate ? " + output[at]" : ""};
     }`;
   return `${begin}\n  ${strips(options, MATRIX_SIZE * vectors, write)}`;
 }
@@ -259,8 +300,8 @@ function storeGated(options: MatrixPrefillOptions): string {
 function gatedFunction(tile: MatrixTile, unit: MatrixWeightUnit): string {
   return `${unit.functions.includes(PACK_HALVES_WGSL) ? "" : PACK_HALVES_WGSL}
 fn gatedHalves(at: u32) -> vec2<u32> {
-  let gate = bitcast<vec4f>(staged[at]);
-  let up = bitcast<vec4f>(staged[at + ${tile.tilesN * 2}u]);
+  let gate = sumAt(at);
+  let up = sumAt(at + ${tile.tilesN * 2}u);
   // exp(-gate) stays finite: beyond 88 the sigmoid is 0 in f32 to the last bit that matters.
   let sigmoid = vec4f(1.0) / (vec4f(1.0) + exp(min(-gate, vec4f(88.0))));
   return packHalves(gate * sigmoid * up);
@@ -268,13 +309,9 @@ fn gatedHalves(at: u32) -> vec2<u32> {
 `;
 }
 
-function stagedVectors(options: MatrixPrefillOptions): number {
-  const { tile } = options;
-  const strip = MATRIX_SIZE * tile.tilesN * 4;
-  return Math.max(
-    (tileRows(tile) + tileOutputs(tile)) * lineVectors(options),
-    tile.subgroupsM * tile.subgroupsN * strip,
-  );
+/** vec4s that one slice stages. */
+function sliceVectors(options: MatrixPrefillOptions): number {
+  return (tileRows(options.tile) + tileOutputs(options.tile)) * lineVectors(options);
 }
 
 /** The tile's place: moved back to end with the matrix, where that is possible. */
@@ -292,7 +329,7 @@ function place(options: MatrixPrefillOptions): string {
 
 /** WGSL of the kernel; grid: x tiles of rows, y tiles of outputs (of features, with `silu-mul`). */
 export function linearMatrixPrefillWgsl(options: MatrixPrefillOptions): string {
-  const { encoding, tile, epilogue, dialect, shaderF16, shape } = options;
+  const { encoding, tile, slices, epilogue, dialect, shaderF16, shape } = options;
   const { subgroupsN, tilesM, tilesN } = tile;
   const gated = epilogue === "silu-mul";
   const unit = matrixWeightUnit(encoding, shaderF16);
@@ -309,23 +346,26 @@ ${LINEAR_PARAMETERS}
 @group(0) @binding(2) var<storage, read> scales: array<u32>;
 @group(0) @binding(3) var<storage, read_write> output: array<${gated ? "vec4<u32>" : "vec4f"}>;
 ${unit.functions}
-var<workgroup> staged: array<vec4<u32>, ${stagedVectors(options)}>;
+var<workgroup> staged: array<vec4<u32>, ${slices * Math.max(sliceVectors(options), stripVectors(tile))}>;
+${sumFunction(options)}
 ${gated ? gatedFunction(tile, unit) : ""}
 
-@compute @workgroup_size(${tileThreads(tile)})
+@compute @workgroup_size(${slices * tileThreads(tile)})
 fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) thread: u32) {
   let lane = thread % ${MATRIX_THREADS}u;
-  let subgroup = thread / ${MATRIX_THREADS}u;
+  ${slices === 1 ? "let slice = 0u;\n  let member = thread;" : `let slice = thread / ${tileThreads(tile)}u;\n  let member = thread % ${tileThreads(tile)}u;`}
+  let subgroup = member / ${MATRIX_THREADS}u;
   let n = ${shape === undefined ? "parameters.n" : `${shape.outputs}u`};
   let k = ${shape === undefined ? "parameters.k" : `${shape.columns}u`};
   ${place(options)}
   let lineM = (subgroup / ${subgroupsN}u) * ${tilesM * MATRIX_SIZE}u;
   let lineN = (subgroup % ${subgroupsN}u) * ${tilesN * MATRIX_SIZE}u;
-  let inputBase = lineM * ${vectors}u;
-  let weightBase = (${tileRows(tile)}u + lineN) * ${vectors}u;
+  let stagedBase = slice * ${sliceVectors(options)}u;
+  let inputBase = stagedBase + lineM * ${vectors}u;
+  let weightBase = stagedBase + (${tileRows(tile)}u + lineN) * ${vectors}u;
   let tileRow = firstRow + lineM;
   let tileOutput = firstOutput + lineN;
-  let stripBase = subgroup * ${MATRIX_SIZE * tilesN * 4}u;
+  let stripBase = thread / ${MATRIX_THREADS}u * ${MATRIX_SIZE * tilesN * 4}u;
   ${input.setup}
   ${weights.setup}
   ${sums.join(" ")}

@@ -34,6 +34,7 @@ function prefillVariant(gpu: Gpu, descriptor: LinearDescriptor, tile: MatrixTile
   const code = linearMatrixPrefillWgsl({
     encoding,
     tile,
+    slices: 1,
     depth: dialect === "device" && k % 64 === 0 ? 64 : 32,
     epilogue,
     accumulate,
