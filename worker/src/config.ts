@@ -41,6 +41,8 @@ export interface EngineConfig {
   readonly submitsInFlight?: number | undefined;
   /** Steps without prefill between two with it, while something decodes. Default: 1 on hardware, 4 on software drivers. */
   readonly decodeStepsPerPrefill?: number | undefined;
+  /** Steps that a small prefill waits for more, while something decodes: throughput for latency. Default: 0. */
+  readonly prefillPatience?: number | undefined;
   /** Default "invariant". */
   readonly numerics?: Numerics | undefined;
   /** Substring of the GPU adapter's name, where several are installed. */
@@ -84,6 +86,7 @@ const configSchema = z.object({
   submitLatencyMs: z.coerce.number().positive().optional(),
   submitsInFlight: positive.optional(),
   decodeStepsPerPrefill: z.coerce.number().int().min(0).optional(),
+  prefillPatience: z.coerce.number().int().min(0).optional(),
   numerics: z.enum(["invariant", "fast"]).optional(),
   logLevel: z.enum(["trace", "debug", "info", "warn", "error", "fatal", "silent"]).optional(),
 });

@@ -14,6 +14,8 @@ export interface EngineOptions {
   readonly maxPrefillRows: number;
   /** See SchedulerLimits. */
   readonly decodeStepsPerPrefill: number;
+  /** See SchedulerLimits. */
+  readonly prefillPatience: number;
   /** Most decode steps in one submit: tokens come in groups of that size, where the host has nothing else to do. */
   readonly decodeStepsPerSubmit: number;
   /** How long the decode steps of one submit may take together, in milliseconds: a new request or an abort waits for it. */

@@ -69,6 +69,7 @@ export class Engine {
       maxPrefillRows: options.maxPrefillRows,
       maxSequences: limits.maxSequences,
       decodeStepsPerPrefill: options.decodeStepsPerPrefill,
+      prefillPatience: options.prefillPatience,
     };
     const pages = Math.min(limits.numPages, limits.maxPagesPerSequence);
     // Sealed windows, and one in the residual that never has to be sealed.

@@ -9,7 +9,7 @@ export interface MetricsSources {
   readonly workerId: string;
   readonly modelName: string;
   /** Kernel variants that the self-test refused. */
-  readonly refusedVariants: number;
+  readonly refusedVariants: readonly { readonly variant: string }[];
   stats(): EngineStats;
   readonly transfer: TransferCounters;
   activeJobs(): number;
@@ -59,8 +59,11 @@ export function workerMetrics(sources: MetricsSources): Registry {
     one(transfer.failedFetches),
   );
   counter("kivimesh_kv_published_blocks_total", "Blocks stored at the cachestore", () => one(transfer.publishedBlocks));
-  gauge("kivimesh_gpu_refused_variants", "Kernel variants that the self-test at start-up refused", () =>
-    one(sources.refusedVariants),
+  counter(
+    "kivimesh_kernel_fallbacks_total",
+    "Kernel variants that the self-test at start-up refused; plain ones run instead",
+    () => sources.refusedVariants.map(({ variant }) => ({ labels: { variant }, value: 1 })),
+    ["variant"],
   );
   counter("kivimesh_kv_published_bytes_total", "Payload bytes of those", () => one(transfer.publishedBytes));
   counter("kivimesh_kv_dropped_publishes_total", "Blocks not stored: queue full, page reused or store failed", () =>

@@ -65,6 +65,7 @@ export interface EngineParts {
     | "numerics"
     | "maxPrefillRows"
     | "decodeStepsPerPrefill"
+    | "prefillPatience"
     | "decodeStepsPerSubmit"
     | "submitLatencyMs"
     | "submitsInFlight"
@@ -103,6 +104,7 @@ export async function openEngineParts(
       numerics: config.numerics ?? "invariant",
       maxPrefillRows: runner.limits.maxPrefillRows,
       decodeStepsPerPrefill: config.decodeStepsPerPrefill ?? decodeStepsPerPrefill[gpu.profile],
+      prefillPatience: config.prefillPatience ?? 0,
       decodeStepsPerSubmit: config.decodeStepsPerSubmit ?? decodeStepsPerSubmit[gpu.profile],
       submitLatencyMs: config.submitLatencyMs ?? submitLatencyMs,
       submitsInFlight: config.submitsInFlight ?? submitsInFlight[gpu.profile],

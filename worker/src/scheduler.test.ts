@@ -8,6 +8,7 @@ const limits: SchedulerLimits = {
   maxPrefillRows: 256,
   maxSequences: 4,
   decodeStepsPerPrefill: 2,
+  prefillPatience: 0,
   decodeSteps: 1,
 };
 
@@ -71,6 +72,33 @@ describe("planStep", () => {
     const running = [decoding("old", 300), decoding("young", 127)];
     const plan = planStep({ ...nothing, running, availablePages: 3, waiting: [waiting("next", 10)] });
     expect(plan).toEqual({ preempt: [], admit: [], prefill: [], decode: ["old"], decodeSteps: 1 });
+  });
+
+  describe("with patience", () => {
+    const patient = { ...nothing, limits: { ...limits, decodeStepsPerPrefill: 0, prefillPatience: 4, decodeSteps: 8 } };
+    const busy = { ...patient, running: [decoding("a", 5)] };
+
+    it("lets a small prefill wait for more while something decodes, but no longer than that", () => {
+      const small = { ...busy, waiting: [waiting("b", 64)] };
+      expect(planStep({ ...small, stepsSincePrefill: 0 })).toMatchObject({ prefill: [], decodeSteps: 4 });
+      expect(planStep({ ...small, stepsSincePrefill: 3 })).toMatchObject({ prefill: [], decodeSteps: 1 });
+      expect(planStep({ ...small, stepsSincePrefill: 4 })).toMatchObject({ admit: ["b"], decodeSteps: 1 });
+      expect(planStep({ ...patient, waiting: [waiting("b", 64)] })).toMatchObject({ admit: ["b"] });
+    });
+
+    it("does not let half a budget wait, nor what has begun", () => {
+      const many = { ...busy, waiting: [waiting("b", 64), waiting("c", 64)] };
+      expect(planStep(many)).toMatchObject({ admit: ["b", "c"], decodeSteps: 1 });
+      const half = { id: "half", computed: 128, prefillEnd: 512, decodeSteps: 9, pages: 4, ownPages: 4 };
+      expect(planStep({ ...busy, running: [...busy.running, half] }).prefill).toHaveLength(1);
+    });
+
+    it("counts only what has room", () => {
+      const many = { ...busy, waiting: [waiting("b", 64), waiting("c", 256)] };
+      expect(planStep({ ...many, availablePages: 7 })).toMatchObject({ prefill: [], decodeSteps: 4 });
+      const slots = { ...busy.limits, maxSequences: 2 };
+      expect(planStep({ ...many, limits: slots })).toMatchObject({ prefill: [], decodeSteps: 4 });
+    });
   });
 
   describe("with several decode steps at once", () => {
@@ -205,6 +233,7 @@ describe("a scheduler's run", () => {
       rowWindows: fc.integer({ min: 1, max: 4 }),
       decodeStepsPerPrefill: fc.integer({ min: 0, max: 3 }),
       decodeSteps: fc.constantFrom(1, 4, 16),
+      prefillPatience: fc.integer({ min: 0, max: 9 }),
     });
     const request = fc.tuple(fc.double({ min: 0, max: 1, noNaN: true }), fc.double({ min: 0, max: 1, noNaN: true }));
     fc.assert(
@@ -217,8 +246,8 @@ describe("a scheduler's run", () => {
           return [tokens, Math.floor(output * (capacity - tokens))];
         });
         const maxPrefillRows = size.rowWindows * residualTokens;
-        const { maxSequences, decodeStepsPerPrefill, decodeSteps } = size;
-        const turns = { decodeStepsPerPrefill, decodeSteps };
+        const { maxSequences, decodeStepsPerPrefill, decodeSteps, prefillPatience } = size;
+        const turns = { decodeStepsPerPrefill, decodeSteps, prefillPatience };
         const bounds = { residualTokens, blockTokens, maxPrefillRows, maxSequences, ...turns };
         simulate({ numPages, limits: bounds }, requests);
       }),

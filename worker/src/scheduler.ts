@@ -17,6 +17,11 @@ export interface SchedulerLimits {
   readonly maxSequences: number;
   /** While something decodes, this many steps without prefill lie between two steps with prefill. */
   readonly decodeStepsPerPrefill: number;
+  /**
+   * While something decodes, prefill that fills less than half of its rows waits this many steps for more: large chunks
+   * use a GPU better, and requests that end one by one let new ones in one by one.
+   */
+  readonly prefillPatience: number;
   /** Most steps that decode rows take at once, where nothing else has to be done in between. */
   readonly decodeSteps: number;
 }
@@ -105,9 +110,8 @@ class Planner {
     this.#snapshot = snapshot;
     this.#running = [...snapshot.running];
     this.#available = snapshot.availablePages;
-    const { limits, stepsSincePrefill } = snapshot;
-    const prefillTurn = !snapshot.running.some(decodes) || stepsSincePrefill >= limits.decodeStepsPerPrefill;
-    this.#rows = prefillTurn ? limits.maxPrefillRows : 0;
+    const prefillTurn = !snapshot.running.some(decodes) || snapshot.stepsSincePrefill >= this.#prefillDelay();
+    this.#rows = prefillTurn ? snapshot.limits.maxPrefillRows : 0;
     this.plan = { preempt: [], admit: [], prefill: [], decode: [], decodeSteps: this.#chooseDecodeSteps() };
   }
 
@@ -116,11 +120,34 @@ class Planner {
     const { limits, running, availablePages, stepsSincePrefill } = this.#snapshot;
     let steps = limits.decodeSteps;
     if (steps > 1 && this.#prefillIsNear()) {
-      steps = this.#rows > 0 ? 1 : Math.min(steps, limits.decodeStepsPerPrefill - stepsSincePrefill);
+      steps = this.#rows > 0 ? 1 : Math.min(steps, this.#prefillDelay() - stepsSincePrefill);
     }
     for (const view of running) if (decodes(view)) steps = Math.min(steps, view.decodeSteps);
     while (steps > 1 && this.#decodePages(steps) > availablePages) steps = Math.floor(steps / 2);
     return Math.max(1, steps);
+  }
+
+  /** Steps that have to lie between two with prefill. */
+  #prefillDelay(): number {
+    const { decodeStepsPerPrefill, prefillPatience, maxPrefillRows } = this.#snapshot.limits;
+    const isPatient = prefillPatience > decodeStepsPerPrefill && this.#prefillRows() < maxPrefillRows / 2;
+    return isPatient ? prefillPatience : decodeStepsPerPrefill;
+  }
+
+  /** Rows that prefill could take now, counted up to its budget. */
+  #prefillRows(): number {
+    const { limits, running, waiting, availablePages } = this.#snapshot;
+    let rows = 0;
+    for (const { computed, prefillEnd } of running) rows += Math.max(0, prefillEnd - computed);
+    let slots = limits.maxSequences - running.length;
+    let pages = availablePages;
+    for (const { prefillEnd, hitPages, hitAvailable } of waiting) {
+      pages -= sealedPages(prefillEnd, limits) - hitPages + hitAvailable;
+      if (slots === 0 || pages < 0 || rows >= limits.maxPrefillRows) break;
+      rows += prefillEnd - hitPages * limits.blockTokens;
+      slots -= 1;
+    }
+    return rows;
   }
 
   #prefillIsNear(): boolean {

@@ -239,7 +239,7 @@ class RunningWorker implements WorkerService {
     const registry = workerMetrics({
       workerId: this.id,
       modelName: this.model.name,
-      refusedVariants: this.#engine.model.device.fallbacks.length,
+      refusedVariants: this.#engine.model.device.fallbacks,
       stats: () => this.#engine.lastStats,
       transfer: this.#transfer.counters,
       activeJobs,

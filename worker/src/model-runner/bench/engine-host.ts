@@ -65,6 +65,7 @@ async function measure(sequences: number, waiting: number, decodeStepsPerSubmit:
     numerics: "invariant",
     maxPrefillRows: 2048,
     decodeStepsPerPrefill: 1,
+    prefillPatience: 0,
     decodeStepsPerSubmit,
     submitLatencyMs: Number.POSITIVE_INFINITY,
     submitsInFlight: 2,
