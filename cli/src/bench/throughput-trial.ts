@@ -1,6 +1,7 @@
 /** One row of `kivimesh bench throughput`: an engine of its own for a workload, a KV format and a numerics mode. */
 import { type EngineConfig, type LoadedModel, loadModel, type Numerics } from "@kivimesh/worker";
 import { openSession } from "./engine-session.ts";
+import { memoryBreakdown } from "./memory-breakdown.ts";
 import { type Budgeted, budgetedConfig } from "./memory-budget.ts";
 import { measureThroughput } from "./throughput.ts";
 import type { ThroughputRow } from "./throughput-report.ts";
@@ -8,6 +9,9 @@ import type { Workload } from "./workload.ts";
 
 /** What an engine takes. */
 const MAX_SEQUENCES = 1024;
+
+/** Decode steps that a small prefill waits for company. */
+const PREFILL_PATIENCE = 8;
 
 export interface Trial {
   readonly workload: Workload;
@@ -40,8 +44,9 @@ async function trialConfig(trial: Trial, { source, engine, memory }: TrialOption
     ...source,
     kvFormat: trial.kvFormat,
     numerics: trial.numerics,
-    // Nobody waits for a next token here: every step takes what prefill there is.
+    // Nobody waits for a next token here: every step takes what prefill there is, and little of it waits for more.
     decodeStepsPerPrefill: 0,
+    prefillPatience: PREFILL_PATIENCE,
   };
   const tokensPerSequence = promptTokens + outputTokens;
   const maxContextTokens = config.maxContextTokens ?? tokensPerSequence;
@@ -64,6 +69,10 @@ export async function runTrial(trial: Trial, options: TrialOptions): Promise<Thr
   const session = await openSession(config);
   const openSeconds = (performance.now() - started) / 1000;
   try {
+    const { total } = memoryBreakdown(session.runner);
+    if (memory !== undefined && total > memory) {
+      throw new RangeError(`the engine took ${total} bytes of GPU memory, over the budget of ${memory}`);
+    }
     const result = await measureThroughput(session, trial.workload, seconds);
     return {
       device: session.runner.device.name,
