@@ -48,33 +48,37 @@ export interface LayerStackDescriptor {
 export async function createLayerStack(gpu: Gpu, descriptor: LayerStackDescriptor): Promise<LayerStack> {
   const { config, weights, kvLayers, activations, settings, phase, maxRows } = descriptor;
   const { hidden, normed, qkv, attention, gated } = activations;
-  const embed = await createEmbedding(gpu, { weight: weights.embedding, hidden: config.hidden });
-  const norm = await createRmsNorm(gpu, {
-    hidden: config.hidden,
-    epsilon: config.normEpsilon,
-    output: activations.type,
-  });
+  const [embed, norm, feed] = await Promise.all([
+    createEmbedding(gpu, { weight: weights.embedding, hidden: config.hidden }),
+    createRmsNorm(gpu, { hidden: config.hidden, epsilon: config.normEpsilon, output: activations.type }),
+    feedForward(gpu, descriptor),
+  ]);
   const tokens = phase === "prefill" ? activations.prefillTokens : activations.decodeTokens;
   const embedding = embed.bind({ tokens, output: hidden });
   const common = { settings, phase, maxRows };
-  const feed = await feedForward(gpu, descriptor);
-  const layers: BoundLayer[] = [];
-  for (const [index, weight] of weights.layers.entries()) {
+  const linear = (weight: StackedWeight, input: GPUBuffer, output: GPUBuffer, accumulate: boolean) =>
+    bindStackedLinear(gpu, { ...common, weight, input, output, accumulate });
+  const bindLayer = async (weight: ModelWeights["layers"][number], index: number): Promise<BoundLayer> => {
     const kv = kvLayers[index];
     if (kv === undefined) throw new RangeError(`layer ${index} has no KV buffers`);
-    const linear = (stacked: StackedWeight, input: GPUBuffer, output: GPUBuffer, accumulate: boolean) =>
-      bindStackedLinear(gpu, { ...common, weight: stacked, input, output, accumulate });
-    layers.push({
+    const [ofQkv, ofAttention, ofGateUp, ofDown] = await Promise.all([
+      linear(weight.qkv, normed, qkv, false),
+      linear(weight.attentionOutput, attention, hidden, true),
+      feed.gateUp(weight.gateUp),
+      linear(weight.down, gated, hidden, true),
+    ]);
+    return {
       attentionNorm: norm.bind({ input: hidden, weight: weight.attentionNorm, output: normed }),
-      qkv: await linear(weight.qkv, normed, qkv, false),
+      qkv: ofQkv,
       kv,
-      attentionOutput: await linear(weight.attentionOutput, attention, hidden, true),
+      attentionOutput: ofAttention,
       feedForwardNorm: norm.bind({ input: hidden, weight: weight.feedForwardNorm, output: normed }),
-      gateUp: await feed.gateUp(weight.gateUp),
+      gateUp: ofGateUp,
       gate: feed.gate,
-      down: await linear(weight.down, gated, hidden, true),
-    });
-  }
+      down: ofDown,
+    };
+  };
+  const layers = await Promise.all(weights.layers.map(bindLayer));
   return { encode: (pass, rows, attend) => encodeLayers(embedding, layers, pass, rows, attend) };
 }
 

@@ -123,17 +123,15 @@ async function assemble(
   const readback = new StepReadback(memory, limits, gpu.features.timestampQuery ? gpu.device : undefined);
   const tokens = await createTokenTables(gpu, memory, activations.decodeTokens, readback.log, maxSequences);
   const common = { config, weights, activations, settings, kvLayers: cache.layers, scratch };
-  const phase = async (name: Phase, maxRows: number) => ({
-    stack: await createLayerStack(gpu, { ...common, phase: name, maxRows }),
-    head: await createOutputHead(gpu, memory, {
-      ...common,
-      phase: name,
-      maxRows: maxSequences,
-      feedback: tokens[name],
-    }),
-  });
-  const prefill = await phase("prefill", maxPrefillRows);
-  const decode = await phase("decode", maxSequences);
+  // Drivers compile side by side.
+  const phase = async (name: Phase, maxRows: number) => {
+    const [stack, head] = await Promise.all([
+      createLayerStack(gpu, { ...common, phase: name, maxRows }),
+      createOutputHead(gpu, memory, { ...common, phase: name, maxRows: maxSequences, feedback: tokens[name] }),
+    ]);
+    return { stack, head };
+  };
+  const [prefill, decode] = await Promise.all([phase("prefill", maxPrefillRows), phase("decode", maxSequences)]);
   return new GpuModelRunner({
     gpu,
     ownsGpu: given === undefined,

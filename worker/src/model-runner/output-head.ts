@@ -187,19 +187,17 @@ export async function createOutputHead(
   const { config, weights, activations, settings, scratch, phase, maxRows, feedback } = descriptor;
   const { slabRows, logits } = scratch;
   const { hidden, normed } = activations;
-  const norm = await createRmsNorm(gpu, {
-    hidden: config.hidden,
-    epsilon: config.normEpsilon,
-    output: activations.type,
-  });
-  const linear = await bindStackedLinear(gpu, {
-    weight: weights.head,
-    settings,
-    phase,
-    maxRows: slabRows,
-    input: normed,
-    output: logits,
-  });
+  const [norm, linear] = await Promise.all([
+    createRmsNorm(gpu, { hidden: config.hidden, epsilon: config.normEpsilon, output: activations.type }),
+    bindStackedLinear(gpu, {
+      weight: weights.head,
+      settings,
+      phase,
+      maxRows: slabRows,
+      input: normed,
+      output: logits,
+    }),
+  ]);
   const slabs: Slab[] = [];
   for (let first = 0; first < maxRows; first += slabRows) {
     const storage = (label: string, bytes: number) => memory.storage("other", `${phase} head ${label}`, bytes);
