@@ -25,27 +25,31 @@ export interface ByteMatrixSource {
 /** Lines of a factor operand: columns of the right matrix. */
 export const FACTOR_LINES = 8;
 
+/** Bytes with a sign (sums i32) or without (sums u32). */
+export type ByteType = "i8" | "u8";
+
 /** Writes the statements of one kernel; make a new one for each kernel text. */
 export interface DecodeMatrixDialect {
   readonly directives: string;
-  /** Expression: 16 × 8 sums (i32) of zero. */
-  readonly zero: string;
+  /** Expression: 16 × 8 sums of zero. */
+  zero(type: ByteType): string;
   /** Statement: `name` becomes 16 lines of codes. The memory must stay as it is until its last use. */
-  loadCodes(name: string, source: ByteMatrixSource): string;
+  loadCodes(type: ByteType, name: string, source: ByteMatrixSource): string;
   /** Statement: `name` becomes 8 lines of factors. */
-  loadFactors(name: string, source: ByteMatrixSource): string;
-  multiplyAccumulate(sum: string, codes: string, factors: string): string;
+  loadFactors(type: ByteType, name: string, source: ByteMatrixSource): string;
+  multiplyAccumulate(type: ByteType, sum: string, codes: string, factors: string): string;
   /** Statement: the sums go to a workgroup `array<vec4<u32>>`: a row of 8 for each line of codes, `stride` vec4s apart. */
-  store(array: string, offset: string, stride: number, sum: string): string;
+  store(type: ByteType, array: string, offset: string, stride: number, sum: string): string;
   /**
-   * Module-scope functions: laneXor4 (vec4u), laneXor, laneRead (u32), laneSum (f32), laneMax (u32); call it last. The
-   * module's immediate `params.one` is 1: loops that a driver must not unroll multiply their bound by it.
+   * Module-scope functions: laneXor4 (vec4u), laneXor, laneRead (u32), laneSum (f32), laneMax (u32), laneAny (bool); call
+   * it last. The module's immediate `params.one` is 1: loops that a driver must not unroll multiply their bound by it.
    */
   functions(): string;
 }
 
+const SUM_TYPE = { i8: "i32", u8: "u32" } as const;
+
 function deviceDialect(): DecodeMatrixDialect {
-  const result = "subgroup_matrix_result<i32, 8, 16>";
   const load = (type: string, name: string, { array, offset, stride }: ByteMatrixSource) =>
     `let ${name} = subgroupMatrixLoad<${type}>(&${array}, ${offset}, ${stride}u);`;
   return {
@@ -54,18 +58,20 @@ enable subgroups;
 enable chromium_experimental_subgroup_matrix;
 diagnostic(off, chromium.subgroup_matrix_uniformity);
 diagnostic(off, subgroup_uniformity);`,
-    zero: `${result}()`,
-    loadCodes: (name, source) => load("subgroup_matrix_left<i8, 32, 16>, row_major", name, source),
-    loadFactors: (name, source) => load("subgroup_matrix_right<i8, 8, 32>, col_major", name, source),
-    multiplyAccumulate: (sum, codes, factors) =>
+    zero: (type) => `subgroup_matrix_result<${SUM_TYPE[type]}, 8, 16>()`,
+    loadCodes: (type, name, source) => load(`subgroup_matrix_left<${type}, 32, 16>, row_major`, name, source),
+    loadFactors: (type, name, source) => load(`subgroup_matrix_right<${type}, 8, 32>, col_major`, name, source),
+    multiplyAccumulate: (_type, sum, codes, factors) =>
       `${sum} = subgroupMatrixMultiplyAccumulate(${codes}, ${factors}, ${sum});`,
-    store: (array, offset, stride, sum) => `subgroupMatrixStore<row_major>(&${array}, ${offset}, ${sum}, ${stride}u);`,
+    store: (_type, array, offset, stride, sum) =>
+      `subgroupMatrixStore<row_major>(&${array}, ${offset}, ${sum}, ${stride}u);`,
     functions: () => `
 fn laneXor4(x: vec4u, mask: u32, lane: u32) -> vec4u { return subgroupShuffleXor(x, mask); }
 fn laneXor(x: u32, mask: u32, lane: u32) -> u32 { return subgroupShuffleXor(x, mask); }
 fn laneRead(x: u32, source: u32, lane: u32) -> u32 { return subgroupShuffle(x, source); }
 fn laneSum(x: f32, lane: u32) -> f32 { return subgroupAdd(x); }
-fn laneMax(x: u32, lane: u32) -> u32 { return subgroupMax(x); }`,
+fn laneMax(x: u32, lane: u32) -> u32 { return subgroupMax(x); }
+fn laneAny(x: bool, lane: u32) -> bool { return subgroupAny(x); }`,
   };
 }
 
@@ -73,27 +79,28 @@ fn laneMax(x: u32, lane: u32) -> u32 { return subgroupMax(x); }`,
 function emulatedDialect(): DecodeMatrixDialect {
   const sources = new Map<string, ByteMatrixSource>();
   const functions = new Map<string, string>();
-  const operand = (name: string, source: ByteMatrixSource) => {
+  const operand = (_type: ByteType, name: string, source: ByteMatrixSource) => {
     sources.set(name, source);
     return `let ${name} = ${source.offset};`;
   };
   return {
     directives: "",
-    zero: `array<i32, 4>()`,
+    zero: (type) => `array<${SUM_TYPE[type]}, 4>()`,
     loadCodes: operand,
     loadFactors: operand,
-    multiplyAccumulate(sum, left, right) {
+    multiplyAccumulate(type, sum, left, right) {
       const [a, b] = [left, right].map((name) => sources.get(name) as ByteMatrixSource);
-      const key = `${a?.array}_${a?.stride}_${b?.array}_${b?.stride}`;
+      const key = `${type}_${a?.array}_${a?.stride}_${b?.array}_${b?.stride}`;
+      const sums = `array<${SUM_TYPE[type]}, 4>`;
       functions.set(
         `product ${key}`,
-        `fn emulatedProduct_${key}(sums: array<i32, 4>, a: u32, b: u32, lane: u32) -> array<i32, 4> {
+        `fn emulatedProduct_${key}(sums: ${sums}, a: u32, b: u32, lane: u32) -> ${sums} {
   var result = sums;
   for (var i = 0u; i < 4u * params.one; i++) {
     let e = lane + 32u * i;
     let row = a + (e / 8u) * ${a?.stride}u; let column = b + (e % 8u) * ${b?.stride}u;
     var sum = result[i];
-    for (var k = 0u; k < 8u * params.one; k++) { sum += dot4I8Packed(${a?.array}[row + (k >> 2u)][k & 3u], ${b?.array}[column + (k >> 2u)][k & 3u]); }
+    for (var k = 0u; k < 8u * params.one; k++) { sum += dot4${type === "i8" ? "I" : "U"}8Packed(${a?.array}[row + (k >> 2u)][k & 3u], ${b?.array}[column + (k >> 2u)][k & 3u]); }
     result[i] = sum;
   }
   return result;
@@ -101,10 +108,10 @@ function emulatedDialect(): DecodeMatrixDialect {
       );
       return `${sum} = emulatedProduct_${key}(${sum}, ${left}, ${right}, lane);`;
     },
-    store(array, offset, stride, sum) {
+    store(type, array, offset, stride, sum) {
       functions.set(
-        `store ${array}_${stride}`,
-        `fn emulatedStore_${array}_${stride}(offset: u32, sums: array<i32, 4>, lane: u32) {
+        `store ${type}_${array}_${stride}`,
+        `fn emulatedStore_${type}_${array}_${stride}(offset: u32, sums: array<${SUM_TYPE[type]}, 4>, lane: u32) {
   var values = sums;
   for (var i = 0u; i < 4u * params.one; i++) {
     let e = lane + 32u * i; let column = e % 8u;
@@ -112,7 +119,7 @@ function emulatedDialect(): DecodeMatrixDialect {
   }
 }`,
       );
-      return `emulatedStore_${array}_${stride}(${offset}, ${sum}, lane);`;
+      return `emulatedStore_${type}_${array}_${stride}(${offset}, ${sum}, lane);`;
     },
     functions: () => `
 var<workgroup> exchange: array<vec4u, 32>;
@@ -135,6 +142,14 @@ fn laneMax(x: u32, lane: u32) -> u32 {
   var best = 0u;
   for (var i = 0u; i < 32u * params.one; i++) { best = max(best, exchange[i].x); }
   return best;
+}
+var<workgroup> anyLane: u32;
+fn laneAny(x: bool, lane: u32) -> bool {
+  workgroupBarrier();
+  if (lane == 0u) { anyLane = 0u; }
+  workgroupBarrier();
+  if (x) { anyLane = 1u; }
+  return workgroupUniformLoad(&anyLane) == 1u;
 }
 ${[...functions.values()].join("\n")}`,
   };

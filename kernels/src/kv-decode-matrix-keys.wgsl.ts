@@ -2,14 +2,16 @@
 import { each, range } from "./kv-attention-template.ts";
 import { DECODE_MATRIX_THREADS, FACTOR_LINES } from "./kv-decode-matrix-dialect.ts";
 import {
-  FACTOR_LIMIT,
   fields,
   type Plan,
-  ROUNDING,
-  readSums,
+  placeOf,
+  QUERY_LIMIT,
+  QUERY_ROUNDING,
   storePieces,
   storeSums,
+  sumsAt,
   sumTogether,
+  tileOf,
 } from "./kv-decode-matrix-plan.ts";
 import { codesPerWord, kvPageLayout } from "./kv-layout.ts";
 
@@ -39,6 +41,7 @@ export function loadQueries({ template, d, queries, metaLanes }: Plan): string {
 export const keyNames = ({ template, d }: Plan): readonly string[] => [
   ...range(d / codesPerWord(template.format.keyBits) / 4).map((c) => `Code${c}`),
   "Meta",
+  "Partner",
   "Value",
 ];
 
@@ -50,6 +53,7 @@ export function keyLoads({ template, d }: Plan, g: string): string {
       let head = pageStart(page, kvHead); let codes = head + ${layout.keyCodes / 4}u + group * ${words * 8}u + lane;
       ${each(words / 4, (c) => `nCode${c} = pages[codes + ${c * 32}u];`, " ")}
       nMeta = pages[head + ${layout.keyMeta / 4}u + group * ${d / 4}u + metaLane];
+      nPartner = pages[head + ${layout.keyMeta / 4}u + group * ${d / 4}u + (metaLane ^ ${codesPerWord(template.format.keyBits) / 8}u)];
       nValue = pages[head + ${layout.valueMeta / 4}u + group * ${d / 4}u + metaLane];
       ${template.format.rotated ? "nNorm = normWord(page, group * 16u + lane / 2u);" : ""} }`;
 }
@@ -71,10 +75,12 @@ function storeKeys({ template, keyStride, codes }: Plan, round: number): string 
   );
 }
 
-/** q * scale of the group as two bytes a channel; sums of q * zero over the channels go to workgroup memory. */
+/**
+ * q * scale of the group as two bytes a channel; sums of q * zero over the channels go to workgroup memory. Factors are
+ * integers in steps of most{r} / QUERY_LIMIT; most{r} grows where a group exceeds it.
+ */
 function foldQueries(plan: Plan): string {
-  const { template, queries, factors, zeros, queryStride, metaLanes } = plan;
-  const partner = codesPerWord(template.format.keyBits) / 8;
+  const { queries, factors, zeros, queryStride, metaLanes } = plan;
   const mine = (text: string) =>
     metaLanes < DECODE_MATRIX_THREADS ? `select(0.0, ${text}, lane < ${metaLanes}u)` : text;
   const zeroSums = range(Math.ceil(queries / 8)).map((chunk) => {
@@ -85,25 +91,24 @@ function foldQueries(plan: Plan): string {
     staged[${zeros + 2 * chunk}u + zeroAt + lane / ${(32 / size) * 4}u][(lane / ${32 / size}u) & 3u] = bitcast<u32>(zeroOf${chunk});`;
   });
   return `    // The lane's four channels lie in its own meta words and in those of a partner.
-    let sent = select(kMeta.zw, kMeta.xy, upper);
-    let other = vec2u(laneXor(sent.x, ${partner}u, lane), laneXor(sent.y, ${partner}u, lane));
+    let other = select(kPartner.xy, kPartner.zw, upper);
     let own = select(vec4u(kMeta.x, other.x, kMeta.y, other.y), vec4u(other.x, kMeta.z, other.y, kMeta.w), upper);
     let keyScale = scales(own); let keyZero = zeroPoints(own);
-${each(
-  queries,
-  (r) => `    let x${r} = q${r} * keyScale; let part${r} = ${mine(`dot(q${r}, keyZero)`)};
-    let y${r} = abs(x${r}); let most${r} = max(bitcast<f32>(laneMax(bitcast<u32>(max(max(y${r}.x, y${r}.y), max(y${r}.z, y${r}.w))), lane)), 1.0e-30);
-    let step${r} = most${r} * ${1 / FACTOR_LIMIT};
-    { let inverse = ${FACTOR_LIMIT}.0 / most${r};
-      let t = fma(x${r}, vec4f(inverse), vec4f(${ROUNDING}.0));
-      ${storePieces((line) => `${factors + line * queryStride}u + metaLane / 4u`, "jWord", r)} }`,
-)}
+    ${each(queries, (r) => `let x${r} = q${r} * keyScale; let part${r} = ${mine(`dot(q${r}, keyZero)`)}; let y${r} = largest(abs(x${r}));`, "\n    ")}
+    if (laneAny(${each(queries, (r) => `y${r} > most${r}`, " || ")}, lane)) {
+      ${each(queries, (r) => `most${r} = max(most${r}, bitcast<f32>(laneMax(bitcast<u32>(y${r}), lane)) * 1.25); inverse${r} = ${QUERY_LIMIT}.0 / most${r};`, "\n      ")}
+    }
+    ${each(queries, (r) => storePieces(`pieces(fma(x${r}, vec4f(inverse${r}), vec4f(${QUERY_ROUNDING}.0))) ^ vec2u(0x80808080u)`, (line) => `${factors + line * queryStride}u + metaLane / 4u`, "jWord", r), "\n    ")}
     // Two places in turn: the other may still be read.
     let zeroAt = (g & 1u) * ${Math.ceil(queries / 4)}u;
     ${zeroSums.join("\n    ")}`;
 }
 
-/** Logits of group `begin + g` as logit{r} of the lane's token. */
+/** What the queries' folds need from group to group. */
+export const keyVariables = ({ queries }: Plan) =>
+  each(queries, (r) => `var most${r} = 1.0e-30; var inverse${r} = 0.0;`, " ");
+
+/** Logits of group `g` as logit{r} of the lane's token. The sums in workgroup memory may be overwritten after a barrier. */
 export function keyGroup(plan: Plan): string {
   const { template, d, queries, tiles, keyStride, queryStride, factors, codes, zeros, dialect } = plan;
   const { rotated } = template.format;
@@ -111,32 +116,31 @@ export function keyGroup(plan: Plan): string {
   return `    ${keyNames(plan)
     .map((name) => `let k${name} = n${name};`)
     .join(" ")} ${rotated ? "let kNorm = nNorm;" : ""}
-    let following = min(begin + g + 1u, count - 1u);
+    let following = min(g + 1u, count - 1u);
 ${keyLoads(plan, "following")}
     ${storeKeys(plan, 0)}
 ${foldQueries(plan)}
-    ${each(tiles * 2, (i) => `var sum${i} = ${dialect.zero};`, " ")}
+    ${each(tiles * 2, (i) => `var sum${i} = ${dialect.zero("i8")};`, " ")}
 ${each(
   d / template.keyChannels,
   (round) => `${round === 0 ? "" : `    workgroupBarrier();\n    ${storeKeys(plan, round)}\n`}    workgroupBarrier();
 ${each(perRound, (depth) => {
   const k = round * perRound + depth;
-  return `    ${each(tiles, (t) => dialect.loadFactors(`f${t}_${k}`, { array: "staged", offset: `${factors + t * FACTOR_LINES * queryStride + 2 * k}u`, stride: queryStride }), " ")}
+  return `    ${each(tiles, (t) => dialect.loadFactors("i8", `f${t}_${k}`, { array: "staged", offset: `${factors + t * FACTOR_LINES * queryStride + 2 * k}u`, stride: queryStride }), " ")}
 ${each(
   2,
   (
     n,
-  ) => `    ${dialect.loadCodes(`c${k}_${n}`, { array: "staged", offset: `${codes + n * 16 * keyStride + 2 * depth}u`, stride: keyStride })}
-    ${each(tiles, (t) => dialect.multiplyAccumulate(`sum${t * 2 + n}`, `c${k}_${n}`, `f${t}_${k}`), " ")}`,
+  ) => `    ${dialect.loadCodes("i8", `c${k}_${n}`, { array: "staged", offset: `${codes + n * 16 * keyStride + 2 * depth}u`, stride: keyStride })}
+    ${each(tiles, (t) => dialect.multiplyAccumulate("i8", `sum${t * 2 + n}`, `c${k}_${n}`, `f${t}_${k}`), " ")}`,
 )}`;
 })}`,
 )}
     workgroupBarrier();
-    ${each(tiles, (t) => each(2, (n) => storeSums(plan, codes, t, n, `sum${t * 2 + n}`), " "), " ")}
+    ${each(tiles, (t) => each(2, (n) => storeSums(plan, "i8", codes, t, n, `sum${t * 2 + n}`), " "), " ")}
     workgroupBarrier();
     ${rotated ? "let norm = unpack2x16float(kNorm >> ((lane & 1u) * 16u)).x;" : ""}
     ${each(Math.ceil(queries / 4), (i) => `let zero${i} = bitcast<vec4f>(staged[${zeros + i}u + zeroAt]);`, " ")}
-    ${readSums(plan, "whole", codes)}
-    ${each(queries, (r) => `let logit${r} = fma(f32(whole${r}), step${r}, zero${r >> 2}.${"xyzw"[r & 3]})${rotated ? " * norm" : ""};`, "\n    ")}
-    workgroupBarrier();`;
+    ${each(tiles, (t) => `let wholes${t} = bitcast<vec4i>(${sumsAt(codes, t, 0)}) * 256 + bitcast<vec4i>(${sumsAt(codes, t, 1)});`, " ")}
+    ${each(queries, (r) => `let logit${r} = fma(f32(wholes${tileOf(r)}.${placeOf(r)}), most${r} * ${1 / QUERY_LIMIT}, zero${r >> 2}.${"xyzw"[r & 3]})${rotated ? " * norm" : ""};`, "\n    ")}`;
 }

@@ -1,6 +1,11 @@
 /** What the parts of the decode matrix kernel share: its template, where things lie in workgroup memory, text of folds. */
-import { each, range } from "./kv-attention-template.ts";
-import { type DecodeMatrixDialect, decodeMatrixDialect, FACTOR_LINES } from "./kv-decode-matrix-dialect.ts";
+import { range } from "./kv-attention-template.ts";
+import {
+  type ByteType,
+  type DecodeMatrixDialect,
+  decodeMatrixDialect,
+  FACTOR_LINES,
+} from "./kv-decode-matrix-dialect.ts";
 import { KV_GROUP, type KvFormat, type KvShape } from "./kv-format.ts";
 import type { QueryRope } from "./kv-query-rope.wgsl.ts";
 
@@ -15,16 +20,17 @@ export interface DecodeMatrixTemplate extends QueryRope {
   /** Factor of the logits. */
   readonly scale: number;
   readonly dialect: "device" | "emulated";
-  /** Groups of 32 tokens whose logits a lane holds at once: softmax and output go from segment to segment. */
-  readonly segmentGroups: number;
   /** Channels of K that are staged at once: 32 or 64. */
   readonly keyChannels: 32 | 64;
 }
 
-/** Largest folded factor as an integer: leaves room for the borrow of signed low bytes. */
-export const FACTOR_LIMIT = 32000;
+/** Largest folded query as an integer: leaves room for the borrow of signed low bytes. */
+export const QUERY_LIMIT = 32000;
 /** 1.5 * 2^23 rounds to an integer in the low mantissa bits; 0x8080 makes both bytes non-negative. */
-export const ROUNDING = 12582912 + 0x8080;
+export const QUERY_ROUNDING = 12582912 + 0x8080;
+/** Largest folded weight as an integer, and the number that rounds to one. */
+export const WEIGHT_LIMIT = 65500;
+export const WEIGHT_ROUNDING = 8388608;
 
 /** Queries of one factor operand: each takes a line for high bytes and one for low bytes. */
 export const TILE_QUERIES = FACTOR_LINES / 2;
@@ -100,23 +106,30 @@ export function planOf(template: DecodeMatrixTemplate): Plan {
 /** Line of a query's high byte in the factor operands; the low byte's is TILE_QUERIES further. */
 const lineOf = (query: number) => Math.floor(query / TILE_QUERIES) * FACTOR_LINES + (query % TILE_QUERIES);
 
-/** Statement: the sums of the lane's code at `offset` (and all queries) as i32 {name}{query}. */
-export function readSums({ queries, tiles }: Plan, name: string, offset: number): string {
-  const at = (t: number, half: number) =>
-    `bitcast<vec4i>(staged[${offset + t * 32 * SUM_STRIDE + half}u + lane * ${SUM_STRIDE}u])`;
-  return `${each(tiles, (t) => `let ${name}s${t} = ${at(t, 0)} * 256 + ${at(t, 1)};`, " ")}
-    ${each(queries, (r) => `let ${name}${r} = ${name}s${Math.floor(r / TILE_QUERIES)}.${"xyzw"[r % TILE_QUERIES]};`, " ")}`;
-}
+/** Text: sums of the lane's code at `offset` of factor tile `t`: high (0) or low (1) bytes of its queries. */
+export const sumsAt = (offset: number, t: number, half: 0 | 1) =>
+  `staged[${offset + t * 32 * SUM_STRIDE + half}u + lane * ${SUM_STRIDE}u]`;
+
+/** Component of a tile's vectors that belongs to a query, and the tile. */
+export const tileOf = (query: number) => Math.floor(query / TILE_QUERIES);
+export const placeOf = (query: number) => "xyzw"[query % TILE_QUERIES] as string;
 
 /** Statement: sums of code tile `n` (of two) of factor tile `t` go to `offset`. */
-export function storeSums({ dialect }: Plan, offset: number, t: number, n: number, sum: string): string {
-  return dialect.store("staged", `${offset + (t * 2 + n) * 16 * SUM_STRIDE}u`, SUM_STRIDE, sum);
+export function storeSums(
+  { dialect }: Plan,
+  type: ByteType,
+  offset: number,
+  t: number,
+  n: number,
+  sum: string,
+): string {
+  return dialect.store(type, "staged", `${offset + (t * 2 + n) * 16 * SUM_STRIDE}u`, SUM_STRIDE, sum);
 }
 
-/** Stores the two bytes of each of a query's four factors `t` (rounded) as words of two lines. */
-export function storePieces(at: (line: number) => string, component: string, query: number): string {
+/** Stores the two bytes of each of a query's four rounded factors (`pieces`: vec2u) as words of two lines. */
+export function storePieces(pieces: string, at: (line: number) => string, component: string, query: number): string {
   const line = lineOf(query);
-  return `{ let w = pieces(t); staged[${at(line)}][${component}] = w.x; staged[${at(line + TILE_QUERIES)}][${component}] = w.y; }`;
+  return `{ let w = ${pieces}; staged[${at(line)}][${component}] = w.x; staged[${at(line + TILE_QUERIES)}][${component}] = w.y; }`;
 }
 
 /** Module functions of factors and meta. */
@@ -128,10 +141,11 @@ fn pieces(t: vec4f) -> vec2u {
   let odd = (u.y & 0xffffu) | (u.w << 16u);
   let high = ((even >> 8u) & 0x00ff00ffu) | (odd & 0xff00ff00u);
   let low = (even & 0x00ff00ffu) | ((odd << 8u) & 0xff00ff00u);
-  return vec2u(high, low) ^ vec2u(0x80808080u);
+  return vec2u(high, low);
 }
 fn scales(words: vec4u) -> vec4f { return vec4f(unpack2x16float(words.x).x, unpack2x16float(words.y).x, unpack2x16float(words.z).x, unpack2x16float(words.w).x); }
-fn zeroPoints(words: vec4u) -> vec4f { return vec4f(unpack2x16float(words.x).y, unpack2x16float(words.y).y, unpack2x16float(words.z).y, unpack2x16float(words.w).y); }`;
+fn zeroPoints(words: vec4u) -> vec4f { return vec4f(unpack2x16float(words.x).y, unpack2x16float(words.y).y, unpack2x16float(words.z).y, unpack2x16float(words.w).y); }
+fn largest(x: vec4f) -> f32 { return max(max(x.x, x.y), max(x.z, x.w)); }`;
 
 /** Bytes of a code word: code j of each of its four bytes, shifted down. */
 export const fields = (word: string, bits: number, j: number) =>

@@ -3,15 +3,16 @@ import { each, range } from "./kv-attention-template.ts";
 import { FACTOR_LINES } from "./kv-decode-matrix-dialect.ts";
 import {
   CODE_STRIDE,
-  FACTOR_LIMIT,
-  fields,
   type Plan,
-  ROUNDING,
-  readSums,
+  placeOf,
   SUM_STRIDE,
   storePieces,
   storeSums,
+  sumsAt,
+  tileOf,
   VALUE_TILE,
+  WEIGHT_LIMIT,
+  WEIGHT_ROUNDING,
   WEIGHT_STRIDE,
 } from "./kv-decode-matrix-plan.ts";
 import { KV_GROUP } from "./kv-format.ts";
@@ -20,40 +21,54 @@ import { codesPerWord, kvPageLayout } from "./kv-layout.ts";
 /** Vec4 loads of a lane for a group of V codes: each is four words of 8 quads of tokens. */
 const loadsOf = ({ template, d }: Plan) => d / codesPerWord(template.format.valueBits) / 4;
 
-/** New maxima of the queries; what there is so far is scaled to them; p{r}_{j} of the segment's groups. */
-export function softmax({ template, queries, parts }: Plan): string {
-  const groups = template.segmentGroups;
-  const most = (names: readonly string[]) => names.reduce((a, b) => `max(${a}, ${b})`);
-  return `${each(
-    queries,
-    (
-      r,
-    ) => `  { let next = max(top${r}, fromOrdered(laneMax(ordered(${most(range(groups).map((j) => `logit${r}_${j}`))}), lane)));
-    let keep = exp2(top${r} - next); top${r} = next;
-    ${each(groups, (j) => `logit${r}_${j} = exp2(logit${r}_${j} - next);`, " ")}
-    total${r} = fma(total${r}, keep, ${each(groups, (j) => `logit${r}_${j}`, " + ")}); zeros${r} *= keep; ${each(parts, (p) => `out${r}_${p} *= keep;`, " ")} }`,
-  )}
-  // The largest V scale of the lane's part in the segment.
-  var valueTop = 1.0e-30;
-  ${each(groups, (j) => `{ let m = scales(meta_${j}); valueTop = max(valueTop, max(max(m.x, m.y), max(m.z, m.w))); }`, "\n  ")}
-  ${each(3, (i) => `valueTop = max(valueTop, bitcast<f32>(laneXor(bitcast<u32>(valueTop), ${parts << i}u, lane)));`, " ")}
-  let valueStep = valueTop * ${1 / FACTOR_LIMIT};
-  let valueInverse = ${FACTOR_LIMIT}.0 / valueTop;`;
+/** What the queries and parts need from group to group. */
+export function valueVariables(plan: Plan): string {
+  const { queries, parts, dialect } = plan;
+  return `${each(queries, (r) => `var ref${r} = -1.0e30; var total${r} = 0.0; var zeros${r} = 0.0; ${each(parts, (p) => `var out${r}_${p} = 0.0;`, " ")}`, "\n  ")}
+  var valueBound = 0.0; var valueInverse = 0.0; ${each(parts, (p) => `var step_${p} = 0.0;`, " ")}
+  ${accumulators(plan)
+    .map((name) => `var ${name} = ${dialect.zero("u8")};`)
+    .join(" ")}`;
 }
 
-/** Declares the registers of V codes and loads those of the segment's first group. */
-export function firstValues(plan: Plan): string {
-  return `  ${each(loadsOf(plan), (c) => `var nvCode${c} = vec4u();`, " ")}
-${valueLoads(plan, "begin")}`;
-}
-
-function valueLoads(plan: Plan, g: string): string {
+/** Loads of V codes of group `g`: vCode{load}. */
+export function valueLoads(plan: Plan, g: string): string {
   const { template, d } = plan;
   const words = d / codesPerWord(template.format.valueBits);
   const layout = kvPageLayout(template.format, template.shape);
-  return `    { let head = pageStart(laneRead(pageId, ${g}, lane), kvHead); let group = (first + ${g}) % ${template.shape.blockTokens / 32}u;
-      let codes = head + ${layout.valueCodes / 4}u + group * ${words * 8}u + quad * ${words}u + word;
-      ${each(loadsOf(plan), (c) => `nvCode${c} = pages[codes + ${c * 4}u];`, " ")} }`;
+  return `    let valueCodes = pageStart(laneRead(pageId, ${g}, lane), kvHead) + ${layout.valueCodes / 4}u + ((first + ${g}) % ${template.shape.blockTokens / 32}u) * ${words * 8}u + quad * ${words}u + word;
+    ${each(loadsOf(plan), (c) => `let vCode${c} = pages[valueCodes + ${c * 4}u];`, " ")}`;
+}
+
+/**
+ * p is relative to a reference above the logits so far, and its folds are steps of a bound of the V scales. Where a group
+ * exceeds either, the accumulators join the outputs and both grow: one in some groups of the first ones, then rarely.
+ */
+export function keepInRange(plan: Plan): string {
+  const { queries, parts, dialect } = plan;
+  return `    let valueMost = largest(scales(kValue));
+    if (valueMost > valueBound || ${each(queries, (r) => `logit${r} > ref${r}`, " || ")}) { exceeded = g + 1u; }
+    // Waits for all lanes: what was read of the sums may be overwritten now.
+    if (workgroupUniformLoad(&exceeded) == g + 1u) {
+${addOutputs(plan)}
+      ${accumulators(plan)
+        .map((name) => `${name} = ${dialect.zero("u8")};`)
+        .join(" ")}
+      ${each(
+        queries,
+        (
+          r,
+        ) => `{ let next = max(ref${r}, fromOrdered(laneMax(ordered(logit${r}), lane)) + 1.0); let keep = exp2(ref${r} - next); ref${r} = next;
+        total${r} *= keep; zeros${r} *= keep; ${each(parts, (p) => `out${r}_${p} *= keep;`, " ")} }`,
+        "\n      ",
+      )}
+      var most = valueMost;
+      ${each(3, (i) => `most = max(most, bitcast<f32>(laneXor(bitcast<u32>(most), ${parts << i}u, lane)));`, " ")}
+      valueBound = max(valueBound, most * 1.25); valueInverse = ${WEIGHT_LIMIT}.0 / max(valueBound, 1.0e-30);
+      let valueStep = valueBound * ${1 / WEIGHT_LIMIT};
+      ${each(parts, (p) => `step_${p} = bitcast<f32>(laneRead(bitcast<u32>(valueStep), ${p}u, lane));`, " ")}
+    }
+    ${each(queries, (r) => `let weight${r} = exp2(logit${r} - ref${r}); total${r} += weight${r};`, "\n    ")}`;
 }
 
 /** Four tokens' words of load `c` as the same byte of all four: b{byte}_{c}. */
@@ -96,57 +111,48 @@ const laneChannel = (bits: number) =>
     ? "(((lane >> 2u) & 1u) + 2u * ((lane >> 1u) & 1u)) * 8u + (lane & 1u) + 2u * (lane >> 3u)"
     : "((lane >> 2u) & 1u) * 16u + (lane >> 4u) * 8u + (lane & 3u) + 4u * ((lane >> 3u) & 1u)";
 
-/** Folds p of the segment's group g with the V scales into factors: two bytes for each token, part and query. */
+/** Folds p of the group with the V scales into factors: two bytes for each token, part and query. */
 function foldWeights(plan: Plan): string {
-  const { template, queries, parts, factors, codes, weightPart } = plan;
-  const chosen = (name: (j: number) => string) =>
-    range(template.segmentGroups)
-      .map(name)
-      .reduce((text, item, j) => (j === 0 ? item : `select(${text}, ${item}, g == ${j}u)`));
-  return `    ${each(queries, (r) => `staged[${codes + r * 8}u + lane / 4u][lane & 3u] = bitcast<u32>(${chosen((j) => `logit${r}_${j}`)});`, "\n    ")}
-    let metaWords = ${chosen((j) => `meta_${j}`)};
-    let weight = scales(metaWords) * valueInverse; let zeroPoint = zeroPoints(metaWords);
+  const { queries, parts, factors, codes, weightPart } = plan;
+  return `    ${each(queries, (r) => `staged[${codes + r * 8}u + lane / 4u][lane & 3u] = bitcast<u32>(weight${r});`, "\n    ")}
+    let valueScale = scales(kValue) * valueInverse; let zeroPoint = zeroPoints(kValue);
     workgroupBarrier();
     ${each(queries, (r) => `let p${r} = bitcast<vec4f>(staged[${codes + r * 8}u + quadOf]);`, " ")}
     workgroupBarrier();
     { let at = ${factors}u + (metaLane % ${parts}u) * ${weightPart}u + quadOf / 4u;
-${each(
-  queries,
-  (r) => `      { zeros${r} += dot(p${r}, zeroPoint); let t = fma(p${r}, weight, vec4f(${ROUNDING}.0));
-        ${storePieces((line) => `at + ${line * WEIGHT_STRIDE}u`, "quadOf & 3u", r)} }`,
-)} }`;
+      ${each(
+        queries,
+        (r) => `zeros${r} += dot(p${r}, zeroPoint);
+      ${storePieces(`pieces(fma(p${r}, valueScale, vec4f(${WEIGHT_ROUNDING}.0)))`, (line) => `at + ${line * WEIGHT_STRIDE}u`, "quadOf & 3u", r)}`,
+        "\n      ",
+      )} }`;
 }
 
 /** Names of the accumulators: factor tile, part, half of its channels. */
 const accumulators = ({ tiles, parts }: Plan) =>
   range(tiles).flatMap((t) => range(parts).flatMap((p) => [`acc${t}_${p}_0`, `acc${t}_${p}_1`]));
 
-/** Adds p * V of the segment's groups to zeroed accumulators. */
-export function valueGroups(plan: Plan): string {
+/** Adds p * V of the group to the accumulators. */
+export function valueGroup(plan: Plan): string {
   const { template, tiles, factors, codes, dialect, weightPart } = plan;
+  const bits = template.format.valueBits;
   const rounds = range(loadsOf(plan)).flatMap((c) =>
     roundsOf(plan, c).map((round, i) => ({ ...round, c, first: i === 0 })),
   );
   const store = (c: number, { code, line }: { code: number; line: number }) => {
-    const perByte = 8 / template.format.valueBits;
-    return `staged[valueAt + ${line * CODE_STRIDE}u][quad & 3u] = ${fields(`b${Math.floor(code / perByte)}_${c}`, template.format.valueBits, code % perByte)};`;
+    const perByte = 8 / bits;
+    const mask = (((1 << bits) - 1) << (bits * (code % perByte))) * 0x01010101;
+    return `staged[valueAt + ${line * CODE_STRIDE}u][quad & 3u] = b${Math.floor(code / perByte)}_${c} & 0x${mask.toString(16)}u;`;
   };
   const loadFactors = (part: number) =>
     each(tiles, (t) =>
-      dialect.loadFactors(`w${t}_${part}`, {
+      dialect.loadFactors("u8", `w${t}_${part}`, {
         array: "staged",
         offset: `${factors + part * weightPart + t * FACTOR_LINES * WEIGHT_STRIDE}u`,
         stride: WEIGHT_STRIDE,
       }),
     );
-  return `  ${accumulators(plan)
-    .map((name) => `var ${name} = ${dialect.zero};`)
-    .join(" ")}
-  for (var g = 0u; g < segment; g++) {
-    ${each(loadsOf(plan), (c) => `let vCode${c} = nvCode${c};`, " ")}
-    let following = begin + min(g + 1u, segment - 1u);
-${valueLoads(plan, "following")}
-${foldWeights(plan)}
+  return `${foldWeights(plan)}
 ${rounds
   .map(
     ({ places, tiles: codeTiles, c, first }) => `    ${first ? transposed(c) : ""}
@@ -159,34 +165,36 @@ ${codeTiles
       part,
       half,
       offset,
-    }) => `    ${dialect.loadCodes(`v${part}_${half}`, { array: "staged", offset: `${codes + offset}u`, stride: CODE_STRIDE })}
-    ${each(tiles, (t) => dialect.multiplyAccumulate(`acc${t}_${part}_${half}`, `v${part}_${half}`, `w${t}_${part}`), " ")}`,
+    }) => `    ${dialect.loadCodes("u8", `v${part}_${half}`, { array: "staged", offset: `${codes + offset}u`, stride: CODE_STRIDE })}
+    ${each(tiles, (t) => dialect.multiplyAccumulate("u8", `acc${t}_${part}_${half}`, `v${part}_${half}`, `w${t}_${part}`), " ")}`,
   )
   .join("\n")}
     workgroupBarrier();`,
   )
-  .join("\n")}
-  }`;
+  .join("\n")}`;
 }
 
-/** The sums of a segment join the outputs out{r}_{part}: the lane's channel of each part. */
+/** The accumulators join the outputs out{r}_{part}: the lane's channel of each part. Codes keep their place in a byte. */
 export function addOutputs(plan: Plan): string {
   const { queries, tiles, parts, partsAtOnce } = plan;
   const size = tiles * 32 * SUM_STRIDE;
   return each(parts / partsAtOnce, (turn) => {
     const some = range(partsAtOnce).map((i) => turn * partsAtOnce + i);
-    return `  ${some.map((p, i) => each(tiles, (t) => each(2, (half) => storeSums(plan, i * size, t, half, `acc${t}_${p}_${half}`), " "), " ")).join(" ")}
-  ${some.map((p) => `let step_${p} = bitcast<f32>(laneRead(bitcast<u32>(valueStep), ${p}u, lane));`).join(" ")}
-  workgroupBarrier();
-  ${some
-    .map(
-      (p, i) => `${readSums(plan, `all${p}_`, i * size)}
-  ${each(queries, (r) => `out${r}_${p} = fma(f32(all${p}_${r}), step_${p}, out${r}_${p});`, " ")}`,
-    )
-    .join("\n  ")}
-  workgroupBarrier();`;
+    return `      ${some.map((p, i) => each(tiles, (t) => each(2, (half) => storeSums(plan, "u8", i * size, t, half, `acc${t}_${p}_${half}`), " "), " ")).join(" ")}
+      workgroupBarrier();
+      ${some
+        .map(
+          (p, i) => `{ let factor = step_${p} * placeFactor;
+      ${each(tiles, (t) => `let sums${t} = fma(vec4f(${sumsAt(i * size, t, 0)}), vec4f(256.0), vec4f(${sumsAt(i * size, t, 1)}));`, " ")}
+      ${each(queries, (r) => `out${r}_${p} = fma(sums${tileOf(r)}.${placeOf(r)}, factor, out${r}_${p});`, " ")} }`,
+        )
+        .join("\n      ")}
+      workgroupBarrier();`;
   });
 }
+
+/** Text: one over the place of the lane's channel in its byte, a power of two. */
+export const placeFactor = (bits: number) => `bitcast<f32>((127u - ${bits}u * (lane & ${8 / bits - 1}u)) << 23u)`;
 
 /** Sums over lanes, and the partial of each query: D outputs, maximum (log2), sum. */
 export function storePartials(plan: Plan): string {
@@ -200,7 +208,7 @@ ${each(
   queries,
   (r) => `  ${each(3, (i) => `zeros${r} += bitcast<f32>(laneXor(bitcast<u32>(zeros${r}), ${parts << i}u, lane));`, " ")}
   let at${r} = ((wid.z * ${heads}u + head${r}) * params.splits + wid.x) * ${d + 2}u;
-  { let total = laneSum(total${r}, lane); if (lane == 0u) { ${when(r, `partials[at${r} + ${d}u] = top${r}; partials[at${r} + ${d + 1}u] = total;`)} } }
+  { let total = laneSum(total${r}, lane); if (lane == 0u) { ${when(r, `partials[at${r} + ${d}u] = ref${r}; partials[at${r} + ${d + 1}u] = total;`)} } }
 ${each(
   parts,
   (p) => `  { let zero = bitcast<f32>(laneRead(bitcast<u32>(zeros${r}), ${p}u, lane));

@@ -28,16 +28,15 @@ interface Case {
   readonly heads: number;
   readonly kvHeads: number;
   readonly queries: number;
-  readonly segmentGroups: number;
   readonly keyChannels: 32 | 64;
 }
 
-// Two widths of codes on either side, rotation, ragged tiles of queries, all sizes of segments and rounds.
+// Two widths of codes on either side, rotation, ragged tiles of queries, both sizes of rounds.
 const CASES: readonly Case[] = [
-  { format: "kivi2r", headDim: 64, heads: 3, kvHeads: 1, queries: 3, segmentGroups: 2, keyChannels: 32 },
-  { format: "kivi-k4v2", headDim: 64, heads: 5, kvHeads: 1, queries: 3, segmentGroups: 1, keyChannels: 64 },
-  { format: "kivi-k2v4", headDim: 64, heads: 5, kvHeads: 1, queries: 5, segmentGroups: 4, keyChannels: 32 },
-  { format: "kivi2", headDim: 128, heads: 2, kvHeads: 2, queries: 1, segmentGroups: 2, keyChannels: 32 },
+  { format: "kivi2r", headDim: 64, heads: 3, kvHeads: 1, queries: 3, keyChannels: 32 },
+  { format: "kivi-k4v2", headDim: 64, heads: 5, kvHeads: 1, queries: 3, keyChannels: 64 },
+  { format: "kivi-k2v4", headDim: 64, heads: 5, kvHeads: 1, queries: 5, keyChannels: 32 },
+  { format: "kivi2", headDim: 128, heads: 2, kvHeads: 2, queries: 1, keyChannels: 64 },
 ];
 
 const BLOCK = 64;
@@ -178,7 +177,6 @@ function template(c: Case, random: Random): DecodeMatrixTemplate {
     ropeDim: c.headDim / 2,
     ropeLayout: random.pick(["half", "interleaved"]),
     dialect: "emulated",
-    segmentGroups: c.segmentGroups,
     keyChannels: c.keyChannels,
   };
 }

@@ -9,17 +9,18 @@
  * Workgroup memory decides how many workgroups an SM holds, so codes are staged a few channels at a time, logits stay in
  * registers (lane = token), and a segment of a few groups is finished before the next one: logits, maximum, p, output.
  */
-import { each, range } from "./kv-attention-template.ts";
 import { DECODE_MATRIX_THREADS } from "./kv-decode-matrix-dialect.ts";
-import { keyGroup, keyLoads, keyNames, loadQueries } from "./kv-decode-matrix-keys.wgsl.ts";
+import { keyGroup, keyLoads, keyNames, keyVariables, loadQueries } from "./kv-decode-matrix-keys.wgsl.ts";
 import { type DecodeMatrixTemplate, FACTOR_FUNCTIONS, type Plan, planOf } from "./kv-decode-matrix-plan.ts";
 import {
   addOutputs,
-  firstValues,
-  softmax,
+  keepInRange,
+  placeFactor,
   storePartials,
-  valueGroups,
+  valueGroup,
   valueLanePlace,
+  valueLoads,
+  valueVariables,
 } from "./kv-decode-matrix-values.wgsl.ts";
 import { DECODE_SPLIT_STEP } from "./kv-decode-packed.wgsl.ts";
 import type { KvFormat, KvShape } from "./kv-format.ts";
@@ -59,34 +60,27 @@ function lanePlaces({ template, parts, metaLanes, codes }: Plan): string {
   let jCode = ${metaPerWord === 4 ? "2u * (place & 1u) + (place >> 1u)" : "place"};
   let channel = (metaLane / ${metaPerWord}u) * ${perWord}u + jCode;
   let jWord = ${metaPerWord === 4 ? "jCode" : "(metaLane & 2u) + jCode"};
+  if (lane == 0u) { exceeded = 0u; }
   let quad = lane >> 2u; let word = lane & 3u;
   let valueAt = ${codes}u + ${valueLanePlace(template.format.valueBits)} + quad / 4u;`;
 }
 
-function segments(plan: Plan): string {
-  const { template, queries, parts } = plan;
-  const groups = template.segmentGroups;
-  const keep = (name: string, value: string, j: number) =>
-    groups === 1 ? `${name}_${j} = ${value};` : `${name}_${j} = select(${name}_${j}, ${value}, g == ${j}u);`;
-  return `  ${each(queries, (r) => `var top${r} = -1.0e30; var total${r} = 0.0; var zeros${r} = 0.0; ${each(parts, (p) => `var out${r}_${p} = 0.0;`, " ")}`, "\n  ")}
+function groups(plan: Plan): string {
+  const { template } = plan;
+  return `  ${keyVariables(plan)}
+  ${valueVariables(plan)}
+  let placeFactor = ${placeFactor(template.format.valueBits)};
   ${keyNames(plan)
     .map((name) => `var n${name} = vec4u();`)
     .join(" ")} ${template.format.rotated ? "var nNorm = 0u;" : ""}
 ${keyLoads(plan, "0u")}
-  for (var begin = 0u; begin < count; begin += ${groups}u) {
-  let segment = min(${groups}u, count - begin);
-  ${each(groups, (j) => `var meta_${j} = vec4u(); ${each(queries, (r) => `var logit${r}_${j} = -1.0e30;`, " ")}`, "\n  ")}
-  for (var g = 0u; g < segment; g++) {
+  for (var g = 0u; g < count; g++) {
+${valueLoads(plan, "g")}
 ${keyGroup(plan)}
-    ${range(groups)
-      .map((j) => `${keep("meta", "kValue", j)} ${each(queries, (r) => keep(`logit${r}`, `logit${r}`, j), " ")}`)
-      .join("\n    ")}
+${keepInRange(plan)}
+${valueGroup(plan)}
   }
-${firstValues(plan)}
-${softmax(plan)}
-${valueGroups(plan)}
-${addOutputs(plan)}
-  }`;
+${addOutputs(plan)}`;
 }
 
 /**
@@ -114,7 +108,7 @@ export function decodeMatrixWgsl(template: DecodeMatrixTemplate): string {
   let pageId = pageTable[slot * ${maxPages}u + (first + min(lane, count - 1u)) / ${shape.blockTokens / 32}u];
 ${lanePlaces(plan)}
 ${loadQueries(plan)}
-${segments(plan)}
+${groups(plan)}
 ${storePartials(plan)}
 }`;
   return `requires immediate_address_space;
@@ -128,6 +122,7 @@ ${dialect.directives}
 ${DECODE_SPLIT_STEP}
 ${queryRopeWgsl(template)}
 var<workgroup> staged: array<vec4<u32>, ${plan.stagedSize}>;
+var<workgroup> exceeded: u32;
 fn pageStart(page: u32, kvHead: u32) -> u32 { return page * ${layout.page / 4}u + kvHead * ${layout.head / 4}u; }
 fn normWord(page: u32, word: u32) -> u32 { return pages[page * ${layout.page / 4}u + ${Math.floor(layout.norms / 4)}u + word / 4u][word & 3u]; }
 fn ordered(x: f32) -> u32 { let b = bitcast<u32>(x); return select(b | 0x80000000u, ~b, (b >> 31u) == 1u); }
