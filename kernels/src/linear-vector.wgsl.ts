@@ -1,28 +1,29 @@
 /**
- * Linear layer for one or two decode rows by f32 multiply-adds: f16 inputs, weights of any encoding in layout `rows`.
+ * Linear layer for a few decode rows by f32 multiply-adds: f16 inputs, weights of any encoding in layout `rows`.
  *
- * A row of weights is read by one subgroup, or by `slices` of them; lanes own every `lanes`-th unit of 16 bytes, and keep
- * the inputs that meet these units in registers while they go through `passes` rows of weights, the next row on its way.
+ * A subgroup owns `outputs` rows of weights. Its lanes walk along them in units of 16 bytes, `loads` units of each row at a
+ * time, so that enough bytes are on their way; inputs come from the cache and serve all rows of the subgroup.
  * The bits are not those of the matrix kernels, and depend on the subgroup's size: for `fast` numerics only.
  */
 import { PACK_HALVES_WGSL } from "./half-output.wgsl.ts";
 import { LINEAR_PARAMETERS } from "./linear-parameters.wgsl.ts";
 import type { WeightEncoding } from "./weight-encoding.ts";
 
-/** Shape of a workgroup: `groups · slices` subgroups. */
+/** What a subgroup does, and how many of them make a workgroup. */
 export interface VectorTile {
-  /** Rows of weights that a subgroup goes through; even with `silu-mul`, where half of them are gates. */
-  readonly passes: number;
-  readonly groups: number;
-  /** Subgroups that share a row of weights. */
-  readonly slices: number;
+  /** Rows of weights of a subgroup; even with `silu-mul`, where half of them are gates. */
+  readonly outputs: number;
+  /** Units of each of these rows that are fetched together. */
+  readonly loads: number;
+  /** Subgroups of a workgroup; a multiple of four features with `silu-mul`. */
+  readonly subgroups: number;
 }
 
 export interface VectorOptions {
   readonly encoding: WeightEncoding;
   readonly tile: VectorTile;
-  /** Most input rows of a dispatch: 1 or 2, since each takes registers. */
-  readonly rows: 1 | 2;
+  /** Most input rows of a dispatch: few, since each takes registers. */
+  readonly rows: number;
   /** N and K; K is a multiple of 32. */
   readonly outputs: number;
   readonly columns: number;
@@ -106,148 +107,136 @@ function scaleText({ scales }: WeightEncoding, at: string): string {
   }
 }
 
-/** How a row's units are shared out. */
+/** Units of a row, and whether every lane always has one. */
 function shares({ encoding, tile, columns, lanes }: VectorOptions) {
   const units = columns / UNIT_COLUMNS[encoding.format];
-  const ofSlice = Math.ceil(units / tile.slices);
-  const ofLane = Math.ceil(ofSlice / lanes);
-  return { units, ofSlice, ofLane, whole: ofSlice * tile.slices === units && ofLane * lanes === ofSlice };
+  return { units, whole: units % (lanes * tile.loads) === 0 };
 }
 
 /** Outputs (features, with `silu-mul`) of a workgroup. */
 export function vectorTileOutputs(tile: VectorTile, epilogue: VectorOptions["epilogue"]): number {
-  return (tile.groups * tile.passes) / (epilogue === "silu-mul" ? 2 : 1);
+  return (tile.subgroups * tile.outputs) / (epilogue === "silu-mul" ? 2 : 1);
 }
 
-/** Input vec4s that meet a unit: halves or, for f32 weights, half a vec4. */
-function inputSetup(options: VectorOptions): string {
-  const { encoding, rows, columns } = options;
-  const { units, ofSlice, ofLane, whole } = shares(options);
-  const unitColumns = UNIT_COLUMNS[encoding.format];
-  const lines: string[] = [];
-  for (const l of range(ofLane)) {
-    const inSlice = `lane + ${l * options.lanes}u`;
-    const unit = `slice * ${ofSlice}u + ${inSlice}`;
-    lines.push(`let unit${l} = ${whole ? unit : `min(${unit}, ${units - 1}u)`};`);
-    if (!whole) lines.push(`let live${l} = ${inSlice} < ${ofSlice}u && ${unit} < ${units}u;`);
-    for (const m of range(rows)) {
-      for (const word of range(unitColumns / 2)) {
-        const at = `(min(${m}u, parameters.rows - 1u) * ${columns / 2}u + unit${l} * ${unitColumns / 2}u + ${word}u)`;
-        const value = `unpack2x16float(input[${at} / 4u][${at} % 4u])`;
-        lines.push(`let x${m}_${l}_${word} = ${whole ? value : `select(vec2f(), ${value}, live${l})`};`);
-      }
-      if (encoding.scales.startsWith("pair")) {
-        const words = range(unitColumns / 2).map((word) => `x${m}_${l}_${word}`);
-        lines.push(`let total${m}_${l} = dot(${words.join(" + ")}, vec2f(1.0));`);
-      }
+/** Fetches the units of one turn: `c{o}_{l}` and scales `s{o}_{l}`; a lane behind the end takes the last unit. */
+function fetchUnits(options: VectorOptions): string {
+  const { encoding, tile, columns, lanes } = options;
+  const { units, whole } = shares(options);
+  const perGroup = encoding.group / UNIT_COLUMNS[encoding.format];
+  const lines = range(tile.loads).map((l) => {
+    const unit = `u + ${l * lanes}u`;
+    return `let unit${l} = ${whole ? unit : `min(${unit}, ${units - 1}u)`};`;
+  });
+  for (const l of range(tile.loads)) {
+    for (const o of range(tile.outputs)) lines.push(`let c${o}_${l} = codes[row${o} * ${units}u + unit${l}];`);
+  }
+  if (encoding.scales === "none") return lines.join("\n    ");
+  for (const l of range(tile.loads)) {
+    for (const o of range(tile.outputs)) {
+      const group = perGroup >= 1 ? `unit${l} / ${perGroup}u` : `unit${l} * ${1 / perGroup}u`;
+      lines.push(`let s${o}_${l} = ${scaleText(encoding, `(row${o} * ${columns / encoding.group}u + ${group})`)};`);
     }
   }
-  return lines.join("\n  ");
+  return lines.join("\n    ");
 }
 
-/** Sets `{prefix}c` and `{prefix}s` of every unit of the lane from weight row `row`. */
-function fetchRow(options: VectorOptions, prefix: string, row: string): string {
-  const { encoding, columns } = options;
-  const { units, ofLane } = shares(options);
-  const perGroup = encoding.group / UNIT_COLUMNS[encoding.format];
-  return range(ofLane)
-    .flatMap((l) => {
-      const codes = `${prefix}c${l} = codes[${row} * ${units}u + unit${l}];`;
-      if (encoding.scales === "none") return [codes];
-      const group = perGroup >= 1 ? `unit${l} / ${perGroup}u` : `unit${l} * ${1 / perGroup}u`;
-      return [codes, `${prefix}s${l} = ${scaleText(encoding, `${row} * ${columns / encoding.group}u + ${group}`)};`];
-    })
-    .join("\n      ");
+/** Input m of unit l: `x{0 …}`, pairs of columns; zeros behind the end. */
+function fetchInput(options: VectorOptions, m: number, l: number): string {
+  const { encoding, columns, lanes } = options;
+  const { units, whole } = shares(options);
+  const unitColumns = UNIT_COLUMNS[encoding.format];
+  const words = range(unitColumns / 2);
+  const row = `min(${m}u, parameters.rows - 1u) * ${columns / 8}u`;
+  const lines =
+    unitColumns === 4
+      ? [`let h = input[${row} + unit${l} / 2u];`, `let h0 = select(h.xy, h.zw, unit${l} % 2u == 1u);`]
+      : range(unitColumns / 8).map((v) => `let h${v} = input[${row} + unit${l} * ${unitColumns / 8}u + ${v}u];`);
+  for (const word of words) {
+    const value = `unpack2x16float(h${word >> 2}.${COMPONENTS[word & 3]})`;
+    const live = `u + ${l * lanes}u < ${units}u`;
+    lines.push(`let x${word} = ${whole ? value : `select(vec2f(), ${value}, ${live})`};`);
+  }
+  if (encoding.scales.startsWith("pair")) {
+    lines.push(`let total = dot(${words.map((word) => `x${word}`).join(" + ")}, vec2f(1.0));`);
+  }
+  return lines.join("\n      ");
 }
 
-function registers(options: VectorOptions, prefix: string): string {
-  const scaled = options.encoding.scales !== "none";
-  return range(shares(options).ofLane)
-    .map((l) => `var ${prefix}c${l} = vec4<u32>();${scaled ? ` var ${prefix}s${l} = vec2f();` : ""}`)
-    .join(" ");
-}
-
-/** Adds the products of unit `l` to the sums. */
-function multiplyUnit({ encoding, rows }: VectorOptions, l: number): string {
-  const pairs = unitPairs(encoding, `c${l}`);
-  const x = (m: number, column: number) => `x${m}_${l}_${column >> 1}.${column % 2 === 0 ? "x" : "y"}`;
-  const chain = (m: number, start: string) =>
-    pairs.reduce((sum, { columns: [a, b] }, i) => `fma(w${i}, vec2f(${x(m, a)}, ${x(m, b)}), ${sum})`, start);
-  const products = range(rows).map((m) => {
-    if (encoding.scales === "none") return `sum${m} = ${chain(m, `sum${m}`)};`;
-    const minimum = encoding.scales === "scale32" ? "0.0" : `total${m}_${l}`;
-    return `{ let d = ${chain(m, "vec2f()")}; sum${m} = fma(s${l}, vec2f(d.x + d.y, ${minimum}), sum${m}); }`;
-  });
+/** Adds the products of units `l` of all rows to the sums. */
+function multiplyUnits(options: VectorOptions, l: number): string {
+  const { encoding, tile, rows } = options;
+  const os = range(tile.outputs);
+  const x = (column: number) => `x${column >> 1}.${column % 2 === 0 ? "x" : "y"}`;
+  const product = (m: number, o: number) => {
+    const chain = (start: string) =>
+      unitPairs(encoding, "").reduce(
+        (sum, { columns: [a, b] }, i) => `fma(w${o}_${i}, vec2f(${x(a)}, ${x(b)}), ${sum})`,
+        start,
+      );
+    const sum = `sum${m}_${o}`;
+    if (encoding.scales === "none") return `${sum} = ${chain(sum)};`;
+    const minimum = encoding.scales === "scale32" ? "0.0" : "total";
+    return `{ let d = ${chain("vec2f()")}; ${sum} = fma(s${o}_${l}, vec2f(d.x + d.y, ${minimum}), ${sum}); }`;
+  };
   return `{
-      ${pairs.map(({ text }, i) => `let w${i} = ${text};`).join(" ")}
-      ${products.join("\n      ")}
+    ${os.flatMap((o) => unitPairs(encoding, `c${o}_${l}`).map(({ text }, i) => `let w${o}_${i} = ${text};`)).join("\n    ")}
+    ${range(rows)
+      .map(
+        (m) => `{
+      ${fetchInput(options, m, l)}
+      ${os.map((o) => product(m, o)).join("\n      ")}
+    }`,
+      )
+      .join("\n    ")}
     }`;
 }
 
-/** Weight row of pass `p`, clamped into the matrix. */
-function rowFunction({ outputs, epilogue }: VectorOptions): string {
-  return epilogue === "none"
-    ? `fn rowOf(first: u32, p: u32) -> u32 { return min(first + p, ${outputs - 1}u); }`
-    : `fn rowOf(first: u32, p: u32) -> u32 { return min(first / 2u + p / 2u, ${outputs / 2 - 1}u) + (p & 1u) * ${outputs / 2}u; }`;
-}
-
-/** `sumOf(m, r)`: row r of the workgroup's weights with input m, slices added in order. */
-function sumFunction({ tile, rows }: VectorOptions): string {
-  const { passes, groups, slices } = tile;
-  return `
-var<workgroup> sums: array<f32, ${rows * passes * groups * slices}>;
-fn sumOf(m: u32, r: u32) -> f32 {
-  let at = (m * ${passes * groups}u + r) * ${slices}u;
-  var sum = sums[at];
-  ${range(slices - 1)
-    .map((s) => `sum += sums[at + ${s + 1}u];`)
-    .join(" ")}
-  return sum;
-}`;
+/** Weight row `r` of the workgroup, clamped into the matrix; with `silu-mul` gates and ups take turns. */
+function rowFunction({ tile, outputs, epilogue }: VectorOptions): string {
+  const count = vectorTileOutputs(tile, epilogue);
+  const row = epilogue === "none" ? "r" : "r / 2u";
+  const last = epilogue === "none" ? outputs - 1 : outputs / 2 - 1;
+  const up = epilogue === "none" ? "" : ` + (r & 1u) * ${outputs / 2}u`;
+  return `fn rowOf(group: u32, r: u32) -> u32 { return min(group * ${count}u + ${row}, ${last}u)${up}; }`;
 }
 
 function storeSums({ tile, rows, outputs, lanes }: VectorOptions): string {
-  const count = tile.passes * tile.groups;
-  return `for (var cell = thread; cell < ${rows * count}u; cell += ${tile.groups * tile.slices * lanes}u) {
+  const count = tile.subgroups * tile.outputs;
+  return `for (var cell = thread; cell < ${rows * count}u; cell += ${tile.subgroups * lanes}u) {
     let m = cell / ${count}u;
     let n = group.x * ${count}u + cell % ${count}u;
     if (m < parameters.rows && n < ${outputs}u) {
       let at = m * parameters.outputStride + parameters.outputOffset + n;
-      let sum = sumOf(m, cell % ${count}u);
-      if (parameters.accumulate != 0u) { output[at] = output[at] + sum; } else { output[at] = sum; }
+      if (parameters.accumulate != 0u) { output[at] = output[at] + sums[cell]; } else { output[at] = sums[cell]; }
     }
   }`;
 }
 
 /** Two features at a time: one word of the output. */
 function storeGated({ tile, rows, outputs, lanes }: VectorOptions): string {
-  const count = (tile.passes * tile.groups) / 4;
-  return `for (var cell = thread; cell < ${rows * count}u; cell += ${tile.groups * tile.slices * lanes}u) {
-    let m = cell / ${count}u;
-    let r = (cell % ${count}u) * 4u;
-    let feature = group.x * ${count * 2}u + r / 2u;
+  const words = (tile.subgroups * tile.outputs) / 4;
+  return `for (var cell = thread; cell < ${rows * words}u; cell += ${tile.subgroups * lanes}u) {
+    let m = cell / ${words}u;
+    let feature = group.x * ${words * 2}u + (cell % ${words}u) * 2u;
     if (m < parameters.rows && feature < ${outputs / 2}u) {
-      output[(m * ${outputs / 2}u + feature) / 2u] = packHalves(vec4f(gated(m, r), gated(m, r + 2u), 0.0, 0.0)).x;
+      let both = vec4f(gated(cell * 4u), gated(cell * 4u + 2u), 0.0, 0.0);
+      output[(m * ${outputs / 2}u + feature) / 2u] = packHalves(both).x;
     }
   }`;
 }
 
 const GATED = `${PACK_HALVES_WGSL}
 // exp(-gate) stays finite: beyond 88 the sigmoid is 0 in f32 to the last bit that matters.
-fn gated(m: u32, r: u32) -> f32 {
-  let gate = sumOf(m, r);
-  return gate / (1.0 + exp(min(-gate, 88.0))) * sumOf(m, r + 1u);
-}
+fn gated(at: u32) -> f32 { return sums[at] / (1.0 + exp(min(-sums[at], 88.0))) * sums[at + 1u]; }
 `;
 
 /** WGSL of the kernel; grid: x tiles of outputs (of features, with `silu-mul`). */
 export function linearVectorWgsl(options: VectorOptions): string {
-  const { encoding, tile, rows, epilogue, lanes, shaderF16 } = options;
-  const { passes, groups, slices } = tile;
+  const { tile, rows, epilogue, lanes, shaderF16 } = options;
   const gated = epilogue === "silu-mul";
-  const ls = range(shares(options).ofLane);
-  const ms = range(rows);
-  const scaled = encoding.scales !== "none";
+  const { units } = shares(options);
+  const count = tile.subgroups * tile.outputs;
+  const cells = range(rows).flatMap((m) => range(tile.outputs).map((o) => ({ m, o })));
   return `requires immediate_address_space;
 enable subgroups;
 ${shaderF16 ? "enable f16;" : ""}
@@ -256,39 +245,32 @@ ${LINEAR_PARAMETERS}
 @group(0) @binding(1) var<storage, read> codes: array<vec4<u32>>;
 @group(0) @binding(2) var<storage, read> scales: array<u32>;
 @group(0) @binding(3) var<storage, read_write> output: array<${gated ? "u32" : "f32"}>;
+// [input][row of weights]
+var<workgroup> sums: array<f32, ${rows * count}>;
 ${shaderF16 ? UNPACK.native : UNPACK.plain}
 ${rowFunction(options)}
-${sumFunction(options)}
 ${gated ? GATED : ""}
 
-@compute @workgroup_size(${groups * slices * lanes})
+@compute @workgroup_size(${tile.subgroups * lanes})
 fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) thread: u32) {
   let lane = thread % ${lanes}u;
-  let slice = (thread / ${lanes}u) % ${slices}u;
-  let firstPass = (thread / ${lanes * slices}u) * ${passes}u;
-  let first = group.x * ${groups * passes}u + firstPass;
-  ${inputSetup(options)}
-  ${registers(options, "")}
-  {
-    let row = rowOf(first, 0u);
-    ${fetchRow(options, "", "row")}
-  }
-  for (var p = 0u; p < ${passes}u; p++) {
-    ${registers(options, "next_")}
-    {
-      let row = rowOf(first, min(p + 1u, ${passes - 1}u));
-      ${fetchRow(options, "next_", "row")}
-    }
-    ${ms.map((m) => `var sum${m} = vec2f();`).join(" ")}
-    ${ls.map((l) => multiplyUnit(options, l)).join("\n    ")}
-    ${ms
-      .map(
-        (m) => `let whole${m} = subgroupAdd(sum${m}.x + sum${m}.y);
-    if (lane == 0u) { sums[(${m * passes * groups}u + firstPass + p) * ${slices}u + slice] = whole${m}; }`,
-      )
+  let first = thread / ${lanes}u * ${tile.outputs}u;
+  ${range(tile.outputs)
+    .map((o) => `let row${o} = rowOf(group.x, first + ${o}u);`)
+    .join("\n  ")}
+  ${cells.map(({ m, o }) => `var sum${m}_${o} = vec2f();`).join(" ")}
+  for (var u = lane; u < ${Math.ceil(units / (lanes * tile.loads)) * lanes * tile.loads}u; u += ${lanes * tile.loads}u) {
+    ${fetchUnits(options)}
+    ${range(tile.loads)
+      .map((l) => multiplyUnits(options, l))
       .join("\n    ")}
-    ${ls.map((l) => `c${l} = next_c${l};${scaled ? ` s${l} = next_s${l};` : ""}`).join(" ")}
   }
+  ${cells
+    .map(
+      ({ m, o }) => `let whole${m}_${o} = subgroupAdd(sum${m}_${o}.x + sum${m}_${o}.y);
+  if (lane == 0u) { sums[first + ${m * count + o}u] = whole${m}_${o}; }`,
+    )
+    .join("\n  ")}
   workgroupBarrier();
   ${gated ? storeGated(options) : storeSums(options)}
 }

@@ -1,0 +1,137 @@
+/**
+ * Which kernels decode rows get where inputs are f16. All matrix variants give equal bits; with `fast` numerics one or two
+ * rows take the vector kernel instead.
+ */
+import type { Gpu } from "./device.ts";
+import type { LinearDescriptor } from "./linear.ts";
+import {
+  decodeTileOutputs,
+  decodeTileRows,
+  linearMatrixDecodeWgsl,
+  type MatrixDecodeTile,
+} from "./linear-matrix-decode.wgsl.ts";
+import type { LinearVariant, LinearVariants } from "./linear-variant.ts";
+import { linearVectorWgsl, type VectorTile, vectorTileOutputs } from "./linear-vector.wgsl.ts";
+import { matrixDialect } from "./subgroup-matrix.ts";
+import type { WeightFormat } from "./weight-encoding.ts";
+
+/** A variant of choice for dispatches of at most `rowsUpTo` rows. */
+interface BoundedVariant extends LinearVariant {
+  readonly rowsUpTo: number;
+}
+
+interface BoundedTile {
+  readonly rowsUpTo: number;
+  readonly tile: MatrixDecodeTile;
+}
+
+/** Outputs from which tiles of 32 fill the GPU; below it narrower ones do. */
+const MANY_OUTPUTS = 8192;
+
+const SIXTEEN_ROWS: MatrixDecodeTile = { subgroupsM: 1, subgroupsN: 2, tilesM: 1, tilesN: 1, depth: 64, ahead: 1 };
+const SIXTEEN_ROWS_NARROW: MatrixDecodeTile = { ...SIXTEEN_ROWS, subgroupsN: 1, depth: 128 };
+const THIRTY_TWO_ROWS: MatrixDecodeTile = { subgroupsM: 1, subgroupsN: 1, tilesM: 2, tilesN: 2, depth: 64, ahead: 1 };
+const SIXTY_FOUR_ROWS: MatrixDecodeTile = { subgroupsM: 1, subgroupsN: 1, tilesM: 4, tilesN: 2, depth: 32, ahead: 1 };
+
+/** Measured on an H200: docs/decode-linear.md. */
+function deviceTiles(outputs: number): readonly BoundedTile[] {
+  return [
+    { rowsUpTo: 16, tile: outputs >= MANY_OUTPUTS ? SIXTEEN_ROWS : SIXTEEN_ROWS_NARROW },
+    { rowsUpTo: 32, tile: THIRTY_TWO_ROWS },
+    { rowsUpTo: Number.POSITIVE_INFINITY, tile: SIXTY_FOUR_ROWS },
+  ];
+}
+
+/** Small enough for software drivers to compile. */
+const EMULATED_TILES: readonly BoundedTile[] = [
+  { rowsUpTo: 16, tile: { subgroupsM: 1, subgroupsN: 1, tilesM: 1, tilesN: 1, depth: 64, ahead: 1 } },
+  {
+    rowsUpTo: Number.POSITIVE_INFINITY,
+    tile: { subgroupsM: 2, subgroupsN: 1, tilesM: 1, tilesN: 1, depth: 32, ahead: 1 },
+  },
+];
+
+function matrixVariant(gpu: Gpu, descriptor: LinearDescriptor, { rowsUpTo, tile }: BoundedTile): BoundedVariant {
+  const { weight, accumulate, epilogue = "none", dialect = "device" } = descriptor;
+  const { encoding, rows: outputs, columns } = weight;
+  return {
+    label: `linear matrix decode ${encoding.format} ${encoding.scales} ${encoding.group} ${columns} to ${outputs} ${epilogue} ${decodeTileRows(tile)}x${decodeTileOutputs(tile)}`,
+    code: linearMatrixDecodeWgsl({
+      encoding,
+      tile,
+      epilogue,
+      accumulate,
+      outputs,
+      columns,
+      dialect: matrixDialect(dialect),
+      shaderF16: gpu.features.shaderF16,
+      ...(dialect === "device" ? {} : { unrolled: 1 }),
+    }),
+    rowsUpTo,
+    grid: (rows) => [Math.ceil(outputs / decodeTileOutputs(tile)), Math.ceil(rows / decodeTileRows(tile))],
+  };
+}
+
+/** Rows of the largest vector kernel; matrices are faster from there on. */
+const VECTOR_ROWS = [1, 2] as const;
+
+/** Measured on an H200: docs/decode-linear.md. */
+function vectorTile(format: WeightFormat): VectorTile {
+  switch (format) {
+    case "q8":
+      return { outputs: 2, loads: 1, subgroups: 4 };
+    case "q4":
+      return { outputs: 2, loads: 1, subgroups: 4 };
+    default:
+      return { outputs: 2, loads: 2, subgroups: 4 };
+  }
+}
+
+function vectorVariant(gpu: Gpu, descriptor: LinearDescriptor, rows: number): BoundedVariant {
+  const { weight, epilogue = "none" } = descriptor;
+  const { encoding, rows: outputs, columns } = weight;
+  const tile = vectorTile(encoding.format);
+  const features = epilogue === "silu-mul" ? outputs / 2 : outputs;
+  return {
+    label: `linear vector ${encoding.format} ${encoding.scales} ${encoding.group} ${columns} to ${outputs} ${epilogue} x${rows}`,
+    code: linearVectorWgsl({
+      encoding,
+      tile,
+      rows,
+      outputs,
+      columns,
+      epilogue,
+      lanes: gpu.features.subgroupSize,
+      shaderF16: gpu.features.shaderF16,
+    }),
+    rowsUpTo: rows,
+    grid: () => [Math.ceil(features / vectorTileOutputs(tile, epilogue)), 1],
+  };
+}
+
+/**
+ * Kernels of decode rows with f16 inputs, in the order of rows that they take.
+ * @param many takes dispatches of at least `rows` rows, if they can occur; with the same bits.
+ */
+export function linearDecodeVariants(
+  gpu: Gpu,
+  descriptor: LinearDescriptor,
+  many?: { readonly rows: number; readonly variant: LinearVariant },
+): LinearVariants {
+  const { weight, maxRows, numerics = "invariant", dialect = "device" } = descriptor;
+  const tiles = dialect === "emulated" ? EMULATED_TILES : deviceTiles(weight.rows);
+  const vectors = numerics === "fast" && gpu.features.subgroups ? VECTOR_ROWS : [];
+  const bounded = [
+    ...vectors.map((rows) => vectorVariant(gpu, descriptor, rows)),
+    ...tiles.map((tile) => matrixVariant(gpu, descriptor, tile)),
+  ];
+  const needed = bounded.filter((_, index) => index === 0 || maxRows > (bounded[index - 1]?.rowsUpTo ?? 0));
+  const last = many !== undefined && maxRows >= many.rows ? many : undefined;
+  return {
+    variants: last === undefined ? needed : [...needed, last.variant],
+    choose(rows) {
+      if (last !== undefined && rows >= last.rows) return needed.length;
+      return needed.findIndex(({ rowsUpTo }) => rows <= rowsUpTo);
+    },
+  };
+}
