@@ -29,11 +29,11 @@ export interface MatrixPrefillOptions {
   readonly encoding: WeightEncoding;
   readonly tile: MatrixTile;
   /**
-   * 2: half of the subgroups walk the second half of K, and a sum is first + second. What decode's kernels compute, for
-   * many rows. K is split at a multiple of 32.
+   * 2: half of the subgroups walk the second half of K, and a sum is first + second: the sums of decode's kernels, for
+   * many rows. The second half starts at `ceil(K / 64) * 32`.
    */
   readonly slices: 1 | 2;
-  /** Columns of K in a step of a slice; K (its halves, if they are equal) is a multiple. */
+  /** Columns of K in a step of a slice; K is a multiple. */
   readonly depth: 32 | 64;
   readonly epilogue: "none" | "silu-mul";
   /** output += result, instead of output = result. */
@@ -67,9 +67,9 @@ function tileThreads(tile: MatrixTile): number {
   return tile.subgroupsM * tile.subgroupsN * MATRIX_THREADS;
 }
 
-/** Whether the second slice is a step shorter: then it multiplies zeros in its last. */
-function unequalSlices({ slices, depth, shape }: MatrixPrefillOptions): boolean {
-  return slices === 2 && (shape === undefined || shape.columns % (2 * depth) !== 0);
+/** Whether the second half may be 32 columns shorter: then it multiplies zeros at its end. */
+function raggedSlices({ slices, shape }: MatrixPrefillOptions): boolean {
+  return slices === 2 && (shape === undefined || shape.columns % 64 !== 0);
 }
 
 /** vec4s of a staged line. */
@@ -107,9 +107,9 @@ function assignment(tile: MatrixTile, pieces: number) {
   };
 }
 
-/** Zeros where the slice has ended. */
+/** Zeros behind K. */
 function inside(options: MatrixPrefillOptions, value: string): string {
-  return unequalSlices(options) ? `select(vec4<u32>(), ${value}, column < sliceEnd)` : value;
+  return raggedSlices(options) ? `select(vec4<u32>(), ${value}, column < k)` : value;
 }
 
 function stageInput(options: MatrixPrefillOptions): Staging {
@@ -205,23 +205,24 @@ function multiply(options: MatrixPrefillOptions, slice: number): string {
 function walk(options: MatrixPrefillOptions, input: Staging, weights: Staging): string {
   const { depth, slices } = options;
   const parts = range(depth / MATRIX_SIZE).map((slice) => multiply(options, slice));
-  const first = slices === 1 ? "0u" : "slice * half";
-  return `${slices === 1 ? "let half = k;" : `let half = (k / ${depth}u + 1u) / 2u * ${depth}u;`}
-  let sliceEnd = min(${first} + half, k);
+  const column = (step: string) => (slices === 1 ? step : `slice * steps + ${step}`);
+  const fetched = (step: string) => (raggedSlices(options) ? `min(${column(step)}, k - ${depth}u)` : column(step));
+  return `let steps = ${slices === 1 ? "k" : "(k + 63u) / 64u * 32u"};
   ${input.registers}
   ${weights.registers}
   {
-    let first = min(${first}, k - ${depth}u);
+    let first = ${fetched("0u")};
     ${input.fetch("first")}
     ${weights.fetch("first")}
   }
-  for (var step = 0u; step < half; step += ${depth}u) {
-    let column = ${first} + step;
+  for (var step = 0u; step < steps; step += ${depth}u) {
+    let column = ${column("step")};
     workgroupBarrier();
     ${input.store}
     ${weights.store}
     workgroupBarrier();
-    let next = min(column + ${depth}u, sliceEnd - ${depth}u);
+    let nextStep = min(step + ${depth}u, steps - ${depth}u);
+    let next = ${fetched("nextStep")};
     ${input.fetch("next")}
     ${weights.fetch("next")}
     ${parts.join("\n    ")}

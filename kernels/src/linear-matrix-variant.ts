@@ -1,41 +1,52 @@
-/** Which matrix kernels a layer gets: tiles by phase, shape and rows. All variants of one phase give equal bits. */
+/**
+ * Which matrix kernels a layer gets: tiles by phase, shape and rows. All variants of one phase give equal bits: prefill
+ * walks K in order, decode adds the sums of two halves of K.
+ */
 import type { Gpu } from "./device.ts";
 import type { LinearDescriptor } from "./linear.ts";
+import { linearDecodeVariants } from "./linear-decode-variant.ts";
 import { linearMatrixPrefillWgsl, type MatrixTile, tileOutputs, tileRows } from "./linear-matrix-prefill.wgsl.ts";
 import type { LinearVariant, LinearVariants } from "./linear-variant.ts";
 import { matrixDialect } from "./subgroup-matrix.ts";
 
-interface PrefillTiles {
+interface TileTable {
   /** For dispatches of at least a tile of rows. */
   readonly large: MatrixTile;
   /** For fewer rows, and where large tiles would leave most of the GPU idle. */
   readonly small: MatrixTile;
-  /** Tiles that fill the GPU. */
+  /** Large tiles that fill the GPU. */
   readonly enough: number;
 }
 
-const DEVICE_TILES: PrefillTiles = {
+const DEVICE_TILES: TileTable = {
   large: { subgroupsM: 2, subgroupsN: 2, tilesM: 4, tilesN: 4 },
   small: { subgroupsM: 2, subgroupsN: 2, tilesM: 2, tilesN: 2 },
-  enough: 100,
+  enough: 80,
 };
 
 /** Small enough for software drivers to compile. */
-const EMULATED_TILES: PrefillTiles = {
+const EMULATED_TILES: TileTable = {
   large: { subgroupsM: 1, subgroupsN: 2, tilesM: 1, tilesN: 2 },
   small: { subgroupsM: 1, subgroupsN: 1, tilesM: 1, tilesN: 2 },
   enough: 1,
 };
 
-function prefillVariant(gpu: Gpu, descriptor: LinearDescriptor, tile: MatrixTile, wholeRows: boolean): LinearVariant {
-  const { weight, accumulate, epilogue = "none", dialect = "device" } = descriptor;
+function variantLabel({ weight, phase, epilogue = "none" }: LinearDescriptor, rows: number, outputs: number): string {
+  const { encoding, columns, rows: n } = weight;
+  return `linear matrix ${phase} ${encoding.format} ${encoding.scales} ${encoding.group} ${columns} to ${n} ${epilogue} ${rows}x${outputs}`;
+}
+
+function tiledVariant(gpu: Gpu, descriptor: LinearDescriptor, tile: MatrixTile, wholeRows: boolean): LinearVariant {
+  const { weight, phase, accumulate, epilogue = "none", dialect = "device" } = descriptor;
   const { encoding, rows: n, columns: k } = weight;
   const outputs = tileOutputs(tile);
+  const slices = phase === "decode" ? 2 : 1;
   const code = linearMatrixPrefillWgsl({
     encoding,
     tile,
-    slices: 1,
-    depth: dialect === "device" && k % 64 === 0 ? 64 : 32,
+    slices,
+    // Two slices of 64 columns of a large tile are more than the memory of a workgroup.
+    depth: dialect === "device" && slices === 1 && k % 64 === 0 ? 64 : 32,
     epilogue,
     accumulate,
     wholeRows,
@@ -46,22 +57,29 @@ function prefillVariant(gpu: Gpu, descriptor: LinearDescriptor, tile: MatrixTile
     shaderF16: gpu.features.shaderF16,
   });
   return {
-    label: `linear matrix prefill ${encoding.format} ${encoding.scales} ${encoding.group} ${k} to ${n} ${epilogue} ${tileRows(tile)}x${outputs}`,
+    label: variantLabel(descriptor, tileRows(tile), outputs),
     code,
     grid: (rows) => [Math.ceil(rows / tileRows(tile)), Math.ceil(n / outputs)],
   };
 }
 
-function prefillVariants(gpu: Gpu, descriptor: LinearDescriptor, tiles: PrefillTiles): LinearVariants {
-  const { weight, maxRows } = descriptor;
-  const { large, small, enough } = tiles;
-  const fits = (rows: number) => {
-    const count = Math.ceil(rows / tileRows(large)) * Math.ceil(weight.rows / tileOutputs(large));
-    return rows >= tileRows(large) && count >= enough;
-  };
-  const variants = [prefillVariant(gpu, descriptor, small, false)];
-  if (fits(maxRows)) variants.push(prefillVariant(gpu, descriptor, large, true));
-  return { variants, choose: (rows) => (fits(rows) ? 1 : 0) };
+/** Fewest rows that large tiles are made for: as many as make enough of them. */
+function largeRows({ weight }: LinearDescriptor, { large, enough }: TileTable): number {
+  const needed = Math.ceil(enough / Math.ceil(weight.rows / tileOutputs(large)));
+  return Math.max(tileRows(large), (needed - 1) * tileRows(large) + 1);
+}
+
+function prefillVariants(gpu: Gpu, descriptor: LinearDescriptor, tiles: TileTable): LinearVariants {
+  const rows = largeRows(descriptor, tiles);
+  const variants = [tiledVariant(gpu, descriptor, tiles.small, false)];
+  if (descriptor.maxRows >= rows) variants.push(tiledVariant(gpu, descriptor, tiles.large, true));
+  return { variants, choose: (count) => (count >= rows ? 1 : 0) };
+}
+
+function decodeVariants(gpu: Gpu, descriptor: LinearDescriptor, tiles: TileTable): LinearVariants {
+  const rows = largeRows(descriptor, tiles);
+  if (descriptor.maxRows < rows) return linearDecodeVariants(gpu, descriptor);
+  return linearDecodeVariants(gpu, descriptor, { rows, variant: tiledVariant(gpu, descriptor, tiles.large, true) });
 }
 
 function checkShape({ weight, accumulate, epilogue = "none" }: LinearDescriptor): void {
@@ -84,5 +102,8 @@ export function linearMatrixVariants(gpu: Gpu, descriptor: LinearDescriptor): Li
     throw new RangeError(`${weight.label}: f16 inputs need subgroup matrices, which ${gpu.name} does not offer`);
   }
   checkShape(descriptor);
-  return prefillVariants(gpu, descriptor, dialect === "emulated" ? EMULATED_TILES : DEVICE_TILES);
+  const tiles = dialect === "emulated" ? EMULATED_TILES : DEVICE_TILES;
+  return descriptor.phase === "decode"
+    ? decodeVariants(gpu, descriptor, tiles)
+    : prefillVariants(gpu, descriptor, tiles);
 }
