@@ -3,7 +3,6 @@ import {
   createLinear,
   createLinearWeight,
   createStorage,
-  dequantizeGgml,
   type GgmlType,
   type Gpu,
   ggmlByteLength,
@@ -12,10 +11,10 @@ import {
   readBuffer,
   uploadStorage,
 } from "../../src/index.ts";
-import { randomGgml } from "../../src/testing/ggml-blocks.ts";
 import { Random } from "../../src/testing/random.ts";
 import { CaseUnsupportedError } from "../case-error.ts";
 import type { CaseSize, KernelCase, PreparedCase } from "../kernel-case.ts";
+import { linearData, linearReference } from "./linear-data.ts";
 
 interface GemmShape {
   readonly type: GgmlType;
@@ -50,58 +49,14 @@ const TINY: readonly GemmShape[] = [
   { type: "Q4_0", rows: 33, columns: 96, outputs: 48, epilogue: "silu-mul" },
 ];
 
-/** Rows of weights that are drawn; the matrix repeats them. */
-const DRAWN_ROWS = 61;
-/** Rows of inputs that are drawn. */
-const DRAWN_INPUTS = 37;
 /** Rows and outputs that are compared with the reference. */
 const SAMPLES = 12;
-
-function repeated(block: Uint8Array, bytes: number): Uint8Array<ArrayBuffer> {
-  const result = new Uint8Array(bytes);
-  for (let at = 0; at < bytes; at += block.length)
-    result.set(block.subarray(0, Math.min(block.length, bytes - at)), at);
-  return result;
-}
-
-/** A layer with random weights and inputs, and what is needed to compute any output in f64. */
-function makeData(shape: GemmShape) {
-  const { type, rows, columns, outputs } = shape;
-  const random = new Random(rows + columns + outputs);
-  const drawn = randomGgml(random, type, DRAWN_ROWS * columns);
-  const halves = new Uint16Array(DRAWN_INPUTS * columns);
-  // 2^-3 … 2 of either sign.
-  for (let index = 0; index < halves.length; index++) halves[index] = (random.uint32() & 0x93ff) | 0x3000;
-  const weights = dequantizeGgml(type, drawn, DRAWN_ROWS * columns);
-  return {
-    weights: repeated(drawn, ggmlByteLength(type, outputs * columns)),
-    input: repeated(new Uint8Array(halves.buffer), rows * columns * 2),
-    product(row: number, output: number): number {
-      let sum = 0;
-      for (let k = 0; k < columns; k++) {
-        const x = halfToFloat(halves[(row % DRAWN_INPUTS) * columns + k] as number);
-        sum += x * (weights[(output % DRAWN_ROWS) * columns + k] as number);
-      }
-      return sum;
-    },
-  };
-}
-
-/** Value in f64 of one output, and where it lies. */
-function reference(shape: GemmShape, data: ReturnType<typeof makeData>, row: number, output: number) {
-  const { outputs, epilogue } = shape;
-  if (epilogue !== "silu-mul") return { want: data.product(row, output), byte: (row * outputs + output) * 4 };
-  const features = outputs / 2;
-  const gate = data.product(row, output);
-  const up = data.product(row, features + output);
-  return { want: (gate / (1 + Math.exp(-gate))) * up, byte: (row * features + output) * 2 };
-}
 
 async function prepareGemm(gpu: Gpu, size: CaseSize, shape: GemmShape): Promise<PreparedCase> {
   const { type, rows, columns, outputs, accumulate = false, epilogue = "none" } = shape;
   if (size === "full" && !gpu.features.subgroupMatrix) throw new CaseUnsupportedError("no subgroup matrices");
   if (gpu.profile !== "hardware") throw new CaseUnsupportedError("matrix kernels belong to the hardware profile");
-  const data = makeData(shape);
+  const data = linearData(shape);
   const weight = createLinearWeight(gpu, {
     label: "gemm",
     parts: [{ type, rows: outputs, data: data.weights }],
@@ -134,7 +89,7 @@ async function prepareGemm(gpu: Gpu, size: CaseSize, shape: GemmShape): Promise<
       const last = gated ? outputs / 2 - 1 : outputs - 1;
       for (let sample = 0; sample < SAMPLES; sample++) {
         const row = sample === 0 ? rows - 1 : random.integer(0, rows - 1);
-        const { want, byte } = reference(shape, data, row, sample < 2 ? last : random.integer(0, last));
+        const { want, byte } = linearReference(shape, data, row, sample < 2 ? last : random.integer(0, last));
         const word = await readBuffer(gpu, output, byte - (byte % 4), 4);
         const got = gated
           ? halfToFloat(new Uint16Array(word)[(byte % 4) / 2] as number)
