@@ -2,7 +2,6 @@ import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { type Gpu, openGpu } from "./device.ts";
 import type { LanePlan } from "./kv-attention-template.ts";
 import type { DecodeVariant } from "./kv-decode.ts";
-import type { CodeForm } from "./kv-decode-packed.wgsl.ts";
 import { kvFormat } from "./kv-format.ts";
 import type { PrefillVariant } from "./kv-prefill.ts";
 import { assertClose, assertSameBits } from "./testing/comparison.ts";
@@ -23,7 +22,6 @@ interface Case {
   readonly lanePlan?: LanePlan;
   readonly blockTokens?: number;
   readonly decodeVariant?: DecodeVariant;
-  readonly codeForm?: CodeForm;
   readonly prefillVariant?: PrefillVariant;
 }
 
@@ -38,13 +36,6 @@ const CASES: readonly Case[] = [
   { format: "kivi-k2v4", headDim: 32, heads: 2, kvHeads: 2 },
   { format: "f16", headDim: 80, heads: 6, kvHeads: 2 },
   { format: "f16", headDim: 64, heads: 2, kvHeads: 2, lanePlan: { lanes: 16, subgroups: false } },
-  { format: "kivi2r", headDim: 64, heads: 3, kvHeads: 1, decodeVariant: "packed" },
-  { format: "kivi2", headDim: 128, heads: 2, kvHeads: 2, decodeVariant: "packed" },
-  { format: "kivi4", headDim: 64, heads: 5, kvHeads: 1, decodeVariant: "packed", blockTokens: 64 },
-  { format: "kivi-k4v2r", headDim: 128, heads: 1, kvHeads: 1, decodeVariant: "packed" },
-  { format: "kivi-k2v4", headDim: 64, heads: 2, kvHeads: 1, decodeVariant: "packed", codeForm: "offset" },
-  { format: "f16", headDim: 128, heads: 2, kvHeads: 1, decodeVariant: "half" },
-  { format: "f16", headDim: 64, heads: 5, kvHeads: 1, decodeVariant: "half" },
 ];
 
 const title = (c: Case) =>
@@ -69,7 +60,6 @@ function setup(c: Case, random: Random, change: Partial<KvSetup> = {}): KvSetup 
     ...(c.lanePlan === undefined ? {} : { lanePlan: c.lanePlan }),
     ...(c.decodeVariant === undefined ? {} : { decodeVariant: c.decodeVariant }),
     ...(c.prefillVariant === undefined ? {} : { prefillVariant: c.prefillVariant }),
-    ...(c.codeForm === undefined ? {} : { codeForm: c.codeForm }),
     ...change,
   };
 }

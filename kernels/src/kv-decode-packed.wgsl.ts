@@ -1,9 +1,10 @@
 /**
  * WGSL of the decode split with packed f16 multiply-adds. A workgroup is 32 lanes: it takes some queries of one KV head
- * of one row over some consecutive splits, a group of 32 tokens at a time, and writes one partial a split and query.
+ * of one row over one split, a group of 32 tokens at a time, and writes a partial for each query.
  *
- * logit = sum (q scale) code + sum q zero: lane = token; q scale is folded once a group, 4 channels a lane, and read back
- * from workgroup memory by all. output = sum (p scale) code + sum p zero: lane = one word of V codes of four tokens.
+ * logit = sum (q scale) code + sum q zero. q scale is folded once a group, 4 channels a lane, and read back from workgroup
+ * memory, whose bandwidth is what limits: so D / 32 lanes share a token, each has its words of as many tokens, and the
+ * parts of a logit meet by shuffles, one token a lane. output = sum (p scale) code + sum p zero: lane = one word of V codes of four tokens.
  *
  * A code masked in place, as a pair of f16, is the subnormal code * 2^(place - 24): two codes for one AND. Powers of two
  * that undo the places join q (or the finished output). Where a driver flushes subnormals, the code goes below the
@@ -32,6 +33,10 @@ export interface DecodePackedTemplate extends QueryRope {
   readonly scale: number;
   readonly form: CodeForm;
   readonly exchange: LaneExchange;
+  /** Where the partials are stored: for trials. */
+  readonly storeInLoop?: boolean;
+  readonly halfSums?: boolean;
+  readonly valueRounds?: number;
 }
 
 /** Whether the kernel can hold the format and shape. */
@@ -113,8 +118,11 @@ interface Plan {
   readonly metaLanes: number;
   readonly key: Unpacking;
   readonly value: Unpacking;
-  /** Vec4s of K (V) codes of a group that a lane loads. */
-  readonly keyLoads: number;
+  /** Lanes that share a token's K; each has as many tokens of a group. */
+  readonly keyParts: number;
+  /** Words of K of one token that a lane takes. */
+  readonly laneWords: 2 | 4;
+  /** Vec4s of V codes of a group that a lane loads. */
   readonly valueLoads: number;
   readonly valueWords: number;
 }
@@ -132,36 +140,34 @@ function planOf(template: DecodePackedTemplate): Plan {
     metaLanes: d / 4,
     key: unpacking(format.keyBits, form),
     value: unpacking(format.valueBits, form),
-    keyLoads: keyWords / 4,
+    keyParts: d / 32,
+    laneWords: (keyWords / (d / 32)) as 2 | 4,
     valueLoads: valueWords / 4,
     valueWords,
   };
 }
 
-/**
- * Loads of a group into registers. `at` is the head's first vec4 in the group's page, `group` the group in the page. Codes
- * travel while the other side is worked on; scales and zeros a group earlier, so that K's are folded in time.
- */
-function keyCodes({ template, keyLoads }: Plan, at: string, group: string): string {
+/** Names of what a group's loads fill. */
+function loadNames({ keyParts, valueLoads, template }: Plan): readonly string[] {
+  const names = [...range(keyParts).map((i) => `Key${i}`), "KeyMeta", ...range(valueLoads).map((i) => `Value${i}`)];
+  return [...names, "ValueMeta", ...(template.format.rotated ? ["Norm"] : [])];
+}
+
+/** Loads group `g` of the sequence, whose page is `page`, into n*. */
+function loads({ template, d, keyParts, laneWords, valueLoads }: Plan, g: string, page: string): string {
   const { format, shape } = template;
   const layout = kvPageLayout(format, shape);
-  const norms = `${at} - kvHead * ${layout.head / 4}u + ${layout.norms / 4}u + ${group} * 4u + lane / 8u`;
-  const norm = format.rotated ? ` keyNorm = pages[${norms}][(lane / 2u) & 3u];` : "";
-  return `${each(keyLoads, (i) => `key${i} = pages[${at} + ${group} * ${keyLoads * 32}u + ${i * 32}u + lane];`, " ")}${norm}`;
-}
-
-function valueCodes({ template, valueLoads }: Plan, at: string, group: string): string {
-  const codes = kvPageLayout(template.format, template.shape).valueCodes / 4;
-  return each(
-    valueLoads,
-    (i) => `let value${i} = pages[${at} + ${group} * ${valueLoads * 32}u + ${codes + i * 32}u + lane];`,
-    " ",
-  );
-}
-
-function metaWords({ template, d }: Plan, side: "keyMeta" | "valueMeta", at: string, group: string): string {
-  const offset = kvPageLayout(template.format, template.shape)[side] / 4;
-  return `${side} = pages[${at} + ${group} * ${d / 4}u + ${offset}u + metaLane];`;
+  const norm = `pages[${page} * ${layout.page / 4}u + ${layout.norms / 4}u + group * 4u + token / 8u][(token / 2u) & 3u]`;
+  const words = keyParts * laneWords;
+  const perVector = 4 / laneWords;
+  const key = (i: number) =>
+    `${laneWords === 2 ? "keyPages" : "pages"}[at * ${perVector}u + group * ${words * 8 * perVector}u + ${(i * 32 * perVector) / keyParts}u + keyAt]`;
+  return `    { let group = ${g} % ${shape.blockTokens / KV_GROUP}u; let at = ${page} * ${layout.page / 4}u + kvHead * ${layout.head / 4}u;
+      let valueAt = at + ${layout.valueCodes / 4}u + group * ${valueLoads * 32}u + lane;
+      let metaAt = at + group * ${d / 4}u + metaLane;
+      ${each(keyParts, (i) => `nKey${i} = ${key(i)};`, " ")} nKeyMeta = pages[metaAt + ${layout.keyMeta / 4}u];
+      ${each(valueLoads, (i) => `nValue${i} = pages[valueAt + ${i * 32}u];`, " ")} nValueMeta = pages[metaAt + ${layout.valueMeta / 4}u];
+      ${format.rotated ? `nNorm = ${norm};` : ""} }`;
 }
 
 /** q{r}: the lane's four channels (c, c + C/2, c + 1, c + 1 + C/2), turned, rotated, times the factor of the logits. */
@@ -210,53 +216,70 @@ const powers = (name: string, values: string, { top, unit }: Unpacking) =>
 
 const most = (v: string) => `max(max(${v}.x, ${v}.y), max(${v}.z, ${v}.w))`;
 
-/** Folds K's scales and zeros of a group into q: `folded`, back{r}, zero{r}. */
-function foldKeys({ d, queries, key, metaLanes }: Plan): string {
-  const chunks = d / 8;
-  const mine = (text: string) => (metaLanes < DECODE_LANES ? `select(0.0, ${text}, lane < ${metaLanes}u)` : text);
-  return `    { ${meta("k", "keyMeta", key.base)}
-${each(
-  queries,
-  (r) => `      { let x = q${r} * kScale; let y = abs(x); ${powers("k", most("y"), key)}
-        let a = vec2<f16>(x.xy * (kRaise * place0)); let b = vec2<f16>(x.zw * (kRaise * place1));
-        folded[${r * chunks}u + metaLane / 2u][(metaLane & 1u) * 2u] = bitcast<u32>(a); folded[${r * chunks}u + metaLane / 2u][(metaLane & 1u) * 2u + 1u] = bitcast<u32>(b);
-        back${r} = kBack; zero${r} = laneSum(${mine(`dot(q${r}, kZero)`)}, lane); }`,
-)} }`;
+/** Adds the lanes' parts of `parts` tokens, so that part i has token i: s{r}. Halves: pairs of f16, one exchange for both. */
+function scatterLogits(r: number, parts: number, halves: boolean): string {
+  let names = range(parts).map((i) => `${halves ? "acc" : "s"}${r}_${i}`);
+  const text: string[] = [];
+  for (let mask = 1; mask < parts; mask *= 2) {
+    const next = range(names.length / 2).map((i) => `t${r}_${mask}_${i}`);
+    next.forEach((name, i) => {
+      const [even, odd] = [names[2 * i], names[2 * i + 1]];
+      const send = `select(${odd}, ${even}, keyOdd${mask})`;
+      const received = halves ? `laneXorHalves(${send}, ${mask}u, lane)` : `laneXor(${send}, ${mask}u, lane)`;
+      text.push(`let ${name} = select(${even}, ${odd}, keyOdd${mask}) + ${received};`);
+    });
+    names = next;
+  }
+  if (!halves) return `${text.join(" ")} let s${r} = ${names[0]};`;
+  return `${text.join(" ")} let h${r} = vec2f(${names[0]}); let s${r} = h${r}.x + h${r}.y;`;
 }
 
-/** Logits, relative weights p{r} in `probs`, the group's logit g{r}. */
+/** Logits, relative weights p{r}, the group's logit g{r}. */
 function keyPhase(plan: Plan): string {
-  const { template, d, queries, key, keyLoads } = plan;
+  const { template, d, queries, key, keyParts, laneWords, metaLanes } = plan;
   const { rotated } = template.format;
-  const chunks = d / 8;
+  const chunks = d / 8 + keyParts;
+  const mine = (text: string) => (metaLanes < DECODE_LANES ? `select(0.0, ${text}, lane < ${metaLanes}u)` : text);
   const perWord = key.pairs / 4;
-  const exact = template.form === "offset";
-  // Two words at once: their sums do not wait for each other. They meet in f16 unless they carry an offset.
-  const words = (first: number) => `    { ${each(
-    2,
-    (n) =>
-      `${key.prepare(`w${n}`, `key${first >> 2}.${"xyzw"[(first + n) & 3]}`)} ${each(key.pairs, (i) => `let e${n}_${i} = ${key.pair(`w${n}`, i)};`, " ")}`,
-    "\n      ",
-  )}
+  // Sums of codes that carry an offset are large: f32 takes each word's.
+  const flush = template.form === "offset" ? 1 : laneWords;
+  const halves = template.halfSums === true && template.form !== "offset";
+  const word = (
+    w: number,
+  ) => `    { ${each(queries, (r) => each(perWord, (c) => `let f${r}_${c} = folded[${r * chunks + w * perWord + c}u + foldedAt];`, " "), " ")}
+${each(
+  keyParts,
+  (
+    t,
+  ) => `      { ${key.prepare("w", `cKey${t}.${"xyzw"[w]}`)} ${each(key.pairs, (i) => `let e${i} = ${key.pair("w", i)};`, " ")}
 ${each(
   queries,
   (
     r,
-  ) => `      { ${each(2, (n) => each(perWord, (c) => `let f${n}_${c} = folded[${r * chunks + (first + n) * perWord + c}u];`, " "), " ")} ${each(2, (n) => `var acc${n} = vec2<f16>();`, " ")}
-        ${each(key.pairs, (i) => each(2, (n) => `acc${n} = fma(bitcast<vec2<f16>>(f${n}_${i >> 2}.${"xyzw"[i & 3]}), e${n}_${i}, acc${n});`, " "), " ")}
-        let t = ${exact ? "vec2f(acc0) + vec2f(acc1)" : "vec2f(acc0 + acc1)"}; s${r} += t.x + t.y; }`,
+  ) => `        ${w % flush === 0 ? `acc${r}_${t} = vec2<f16>();` : ""} ${each(key.pairs, (i) => `acc${r}_${t} = fma(bitcast<vec2<f16>>(f${r}_${i >> 2}.${"xyzw"[i & 3]}), e${i}, acc${r}_${t});`, " ")}
+        ${!halves && w % flush === flush - 1 ? `{ let t = vec2f(acc${r}_${t}); s${r}_${t} += t.x + t.y; }` : ""}`,
+)} }`,
 )} }`;
-  return `    ${each(queries, (r) => `var s${r} = 0.0;`, " ")}
-${range(keyLoads * 2)
-  .map((pair) => words(pair * 2))
-  .join("\n")}
-    ${rotated ? "let norm = unpack2x16float(keyNorm >> ((lane & 1u) * 16u)).x;" : ""}
-    ${keyCodes(plan, "at1", "group1")}
+  return `    ${meta("k", "cKeyMeta", key.base)}
 ${each(
   queries,
-  (r) => `    let logit${r} = ${rotated ? `fma(s${r}, back${r}, zero${r}) * norm` : `s${r} * back${r}`};
+  (r) => `    let x${r} = q${r} * kScale; let y${r} = abs(x${r});
+    ${powers(`k${r}`, most(`y${r}`), key)}
+    { let a = x${r}.xy * (k${r}Raise * place0); let b = x${r}.zw * (k${r}Raise * place1);
+      let at = ${r * chunks}u + metaLane / 2u + metaLane / ${d / 4 / keyParts}u;
+      folded[at][(metaLane & 1u) * 2u] = bitcast<u32>(vec2<f16>(a)); folded[at][(metaLane & 1u) * 2u + 1u] = bitcast<u32>(vec2<f16>(b)); }
+    let zero${r} = laneSum(${mine(`dot(q${r}, kZero)`)}, lane);
+    ${each(keyParts, (t) => `var s${r}_${t} = 0.0; var acc${r}_${t} = vec2<f16>();`, " ")}`,
+)}
+    workgroupBarrier();
+${range(laneWords).map(word).join("\n")}
+    ${rotated ? "let norm = unpack2x16float(cNorm >> ((token & 1u) * 16u)).x;" : ""}
+${each(
+  queries,
+  (r) => `    ${scatterLogits(r, keyParts, halves)}
+    let logit${r} = ${rotated ? `fma(s${r}, k${r}Back, zero${r}) * norm` : `s${r} * k${r}Back`};
     let best${r} = laneMax(logit${r}, lane); let p${r} = exp2(logit${r} - best${r}); let g${r} = best${r}${rotated ? "" : ` + zero${r}`};
-    probs[${r * 8}u + lane / 4u][lane & 3u] = p${r};`,
+    probs[${r * 8}u + token / 4u][token & 3u] = p${r};`,
 )}`;
 }
 
@@ -264,14 +287,30 @@ ${each(
 function valuePhase(plan: Plan): string {
   const { queries, value, valueLoads, valueWords, parts } = plan;
   const stored = 8 * parts;
-  const token = (i: number, t: number) =>
-    `      { ${value.prepare("w", `value${i}.${"xyzw"[t]}`)} ${each(value.pairs, (j) => `let e${j} = ${value.pair("w", j)};`, " ")}
+  const rounds = plan.template.valueRounds ?? 1;
+  const pairsOf = (round: number) => range(value.pairs / rounds).map((i) => i + (round * value.pairs) / rounds);
+  const token = (i: number, t: number, pairs: readonly number[]) =>
+    `      { ${value.prepare("w", `cValue${i}.${"xyzw"[t]}`)} ${pairs.map((j) => `let e${j} = ${value.pair("w", j)};`).join(" ")}
 ${each(
   queries,
   (r) =>
-    `        { let p = vec2<f16>(w${r}${t >> 1}.${"xy"[t & 1]}); ${each(value.pairs, (j) => `h${r}_${j} = fma(p, e${j}, h${r}_${j});`, " ")} }`,
+    `        { let p = vec2<f16>(w${r}${t >> 1}.${"xy"[t & 1]}); ${pairs.map((j) => `h${r}_${j} = fma(p, e${j}, h${r}_${j});`).join(" ")} }`,
 )} }`;
-  return `    workgroupBarrier();
+  const round = (
+    pairs: readonly number[],
+  ) => `    { ${each(queries, (r) => pairs.map((j) => `var h${r}_${j} = vec2<f16>();`).join(" "), " ")}
+${each(
+  valueLoads,
+  (
+    i,
+  ) => `    { ${each(queries, (r) => `let w${r} = weights[${r * stored + i * (32 / valueWords) * parts}u + valueAt]; let w${r}0 = bitcast<vec2<f16>>(w${r}.x); let w${r}1 = bitcast<vec2<f16>>(w${r}.y);`, " ")}
+${each(4, (t) => token(i, t, pairs))} }`,
+)}
+${each(queries, (r) => `    { let join = join${r} * vBack; ${pairs.map((j) => `a${r}_${j} = fma(vec2f(h${r}_${j}), vec2f(join), a${r}_${j});`).join(" ")} }`)} }`;
+  return `    ${meta("v", "cValueMeta", value.base)}
+    ${powers("v", most("vScale"), value)}
+    let vRaised = vScale * vRaise;
+    workgroupBarrier();
 ${each(
   queries,
   (
@@ -279,20 +318,12 @@ ${each(
   ) => `    if (g${r} > top${r}) { let keep = exp2(top${r} - g${r}); top${r} = g${r}; total${r} *= keep; z${r} *= keep; ${each(value.pairs, (j) => `a${r}_${j} *= keep;`, " ")} }
     let join${r} = exp2(g${r} - top${r}); total${r} = fma(p${r}, join${r}, total${r});
     { let p = probs[${r * 8}u + metaLane / ${parts}u]; z${r} = fma(dot(p, vZero), join${r}, z${r}); let x = p * vRaised;
-      weights[${r * stored}u + metaLane] = vec2u(bitcast<u32>(vec2<f16>(x.xy)), bitcast<u32>(vec2<f16>(x.zw))); }
-    ${each(value.pairs, (j) => `var h${r}_${j} = vec2<f16>();`, " ")}`,
+      weights[${r * stored}u + metaLane] = vec2u(bitcast<u32>(vec2<f16>(x.xy)), bitcast<u32>(vec2<f16>(x.zw))); }`,
 )}
-${foldKeys(plan)}
-    ${metaWords(plan, "keyMeta", "at2", "group2")} ${metaWords(plan, "valueMeta", "at1", "group1")}
     workgroupBarrier();
-${each(
-  valueLoads,
-  (
-    i,
-  ) => `    { ${each(queries, (r) => `let w${r} = weights[${r * stored + i * (32 / valueWords) * parts}u + valueAt]; let w${r}0 = bitcast<vec2<f16>>(w${r}.x); let w${r}1 = bitcast<vec2<f16>>(w${r}.y);`, " ")}
-${each(4, (t) => token(i, t))} }`,
-)}
-${each(queries, (r) => `    { let join = join${r} * vBack; ${each(value.pairs, (j) => `a${r}_${j} = fma(vec2f(h${r}_${j}), vec2f(join), a${r}_${j});`, " ")} }`)}`;
+${range(rounds)
+  .map((i) => round(pairsOf(i)))
+  .join("\n")}`;
 }
 
 /** Writes the split's partials. */
@@ -342,9 +373,16 @@ ${each(
 )}`;
 }
 
-function declarations({ queries, value, keyLoads, template }: Plan): string {
-  return `${each(queries, (r) => `  var top${r} = -1.0e30; var total${r} = 0.0; var z${r} = 0.0; var back${r} = 0.0; var zero${r} = 0.0; ${each(value.pairs, (j) => `var a${r}_${j} = vec2f();`, " ")}`)}
-  ${each(keyLoads, (i) => `var key${i} = vec4u();`, " ")} var keyMeta = vec4u(); var valueMeta = vec4u(); ${template.format.rotated ? "var keyNorm = 0u;" : ""}`;
+function declarations(plan: Plan): string {
+  const { queries, value, laneWords } = plan;
+  return `${each(queries, (r) => `  var top${r} = -1.0e30; var total${r} = 0.0; var z${r} = 0.0; ${each(value.pairs, (j) => `var a${r}_${j} = vec2f();`, " ")}`)}
+  ${loadNames(plan)
+    .map((name) =>
+      name === "Norm"
+        ? "var nNorm = 0u;"
+        : `var n${name} = ${/^Key\d/.test(name) && laneWords === 2 ? "vec2u" : "vec4u"}();`,
+    )
+    .join(" ")}`;
 }
 
 function head(plan: Plan): string {
@@ -358,29 +396,33 @@ ${laneDirectives(template.exchange)}
 @group(0) @binding(3) var<storage, read> pageTable: array<u32>;
 @group(0) @binding(4) var<storage, read_write> partials: array<f32>;
 @group(0) @binding(5) var<storage, read> ropeTable: array<vec2f>;
+@group(0) @binding(6) var<storage, read> keyPages: array<vec2u>;
 ${DECODE_SPLIT_STEP}
-// q scale as f16 pairs in the order of K's words; p of 32 tokens; p scale as four tokens' f16 a (quad, 32 channels).
-var<workgroup> folded: array<vec4u, ${(queries * d) / 8}>;
+// q scale as f16 pairs in the order of K's words, a vec4 of padding after each lane's share; p of 32 tokens; p scale as four tokens' f16 a (quad, 32 channels).
+var<workgroup> folded: array<vec4u, ${queries * (d / 8 + plan.keyParts)}>;
 var<workgroup> probs: array<vec4f, ${queries * 8}>;
 var<workgroup> weights: array<vec2u, ${queries * 8 * parts}>;
 ${laneFunctions(template.exchange)}
+fn laneXorHalves(x: vec2<f16>, mask: u32, lane: u32) -> vec2<f16> { return bitcast<vec2<f16>>(laneXor(bitcast<f32>(x), mask, lane)); }
 ${queryRopeWgsl(template)}`;
 }
 
 /**
- * Bindings: qkv f32, pages, rows, pageTable, partials, ropeTable. Immediates: {@link DECODE_SPLIT_STEP}. Grid: splits of
- * the longest row, kvHeads × tiles of queries, rows.
+ * Bindings: qkv f32, pages, rows, pageTable, partials, ropeTable, pages again. Immediates: {@link DECODE_SPLIT_STEP}. Grid:
+ * splits of the longest row, kvHeads × tiles of queries, rows.
  */
 export function decodePackedWgsl(template: DecodePackedTemplate): string {
   const plan = planOf(template);
   const { shape, maxPages, heads, queries } = template;
   const { tiles } = queryTiles(heads / shape.kvHeads, queries);
-  const { metaLanes, valueWords, parts, value } = plan;
+  const { metaLanes, valueWords, parts, keyParts, laneWords } = plan;
+  const tokenLane = `(lane / ${keyParts}u)`;
+  const keyLane =
+    laneWords === 2 ? `(keyPart / 2u) * 64u + ${tokenLane} * 2u + keyPart % 2u` : `keyPart * 32u + ${tokenLane}`;
   const perWord = codesPerWord(template.format.valueBits);
   const pageGroups = shape.blockTokens / KV_GROUP;
-  const layout = kvPageLayout(template.format, shape);
+  const names = loadNames(plan);
   const pageOf = (g: string) => `pageTable[slot * ${maxPages}u + ${g} / ${pageGroups}u]`;
-  const headAt = (page: string) => `${page} * ${layout.page / 4}u + kvHead * ${layout.head / 4}u`;
   return `${head(plan)}
 @compute @workgroup_size(${DECODE_LANES}) fn main(@builtin(workgroup_id) wid: vec3u, @builtin(local_invocation_index) lane: u32) {
   let kvHead = wid.y / ${tiles}u; let firstQuery = wid.y % ${tiles}u * ${queries}u;
@@ -390,33 +432,36 @@ export function decodePackedWgsl(template: DecodePackedTemplate): string {
   let sealed = position - position % ${shape.residualTokens}u;
   let start = wid.x * params.splitTokens;
   if (start >= sealed) { return; }
-  // Groups of the sequence: the first and the last.
+  // Groups of the sequence: the first and the one after the last.
   let first = start / 32u;
-  let end = min(start + params.splitTokens, sealed) / 32u - 1u;
+  let end = min(start + params.splitTokens, sealed) / 32u;
   let metaLane = lane & ${metaLanes - 1}u;
+  // K: the lane's share of a token's words, where it begins in a group, and the token whose logit it ends up with.
+  let keyPart = lane % ${keyParts}u;
+  let keyAt = ${keyLane};
+  let foldedAt = keyPart * ${(plan.d / 8) / keyParts + 1}u;
+  let token = keyPart * ${32 / keyParts}u + lane / ${keyParts}u;
+  ${range(Math.log2(keyParts))
+    .map((bit) => `let keyOdd${1 << bit} = (lane & ${1 << bit}u) != 0u;`)
+    .join(" ")}
   // Weights of the lane's word in its first vec4: (quad, part).
   let valueAt = (lane / ${valueWords}u) * ${parts}u + (lane % ${valueWords}u) * ${perWord}u / 32u;
 ${declarations(plan)}
-  var at0 = ${headAt(pageOf("first"))}; var group0 = first % ${pageGroups}u;
-  var at1 = ${headAt(pageOf("min(first + 1u, end)"))}; var group1 = min(first + 1u, end) % ${pageGroups}u;
-  ${metaWords(plan, "keyMeta", "at0", "group0")} ${keyCodes(plan, "at0", "group0")} ${metaWords(plan, "valueMeta", "at0", "group0")}
-  var page2 = ${pageOf("min(first + 2u, end)")};
+  var nextPage = ${pageOf("first")};
+${loads(plan, "first", "nextPage")}
+  nextPage = ${pageOf("min(first + 1u, end - 1u)")};
 ${loadQueries(plan)}
 ${placeFactors(plan)}
-${foldKeys(plan)}
-  ${metaWords(plan, "keyMeta", "at1", "group1")}
-  workgroupBarrier();
-  for (var g = first; g <= end; g++) {
-    let at2 = ${headAt("page2")}; let group2 = min(g + 2u, end) % ${pageGroups}u;
-    page2 = ${pageOf("min(g + 3u, end)")};
-    ${valueCodes(plan, "at0", "group0")}
-    ${meta("v", "valueMeta", value.base)}
-    ${powers("v", most("vScale"), value)}
-    let vRaised = vScale * vRaise;
+  for (var g = first; g < end; g++) {
+    ${names.map((name) => `let c${name} = n${name};`).join(" ")}
+    // The next group's bytes travel while this one is worked on; the page of the one after that is known in time.
+    let following = min(g + 1u, end - 1u);
+${loads(plan, "following", "nextPage")}
+    nextPage = ${pageOf("min(g + 2u, end - 1u)")};
 ${keyPhase(plan)}
 ${valuePhase(plan)}
-    at0 = at1; group0 = group1; at1 = at2; group1 = group2;
+    ${template.storeInLoop ? `if (g + 1u == end) {\n${storePartials(plan)}\n    }` : ""}
   }
-${storePartials(plan)}
+${template.storeInLoop ? "" : storePartials(plan)}
 }`;
 }

@@ -43,8 +43,8 @@ export interface DecodeLayerBuffers {
 
 export interface DecodeAttention {
   readonly variant: DecodeVariant;
-  /** GPU bytes of the partials. */
-  readonly bytes: number;
+  /** Scratch: partials of the splits of a round of rows. */
+  readonly partials: GPUBuffer;
   bind(buffers: DecodeLayerBuffers): BoundDecodeAttention;
   destroy(): void;
 }
@@ -59,6 +59,9 @@ const PARTIALS_LIMIT = 64 << 20;
 
 /** Sealed tokens of a split where a row's bits must not depend on the rest of the batch. */
 const INVARIANT_SPLIT_TOKENS = 512;
+
+/** Sealed tokens of a split at least, where splits follow the batch. */
+const SHORTEST_SPLIT = 128;
 
 /** Workgroups of a dispatch above which more splits do not pay. */
 const ENOUGH_WORKGROUPS = 8192;
@@ -79,7 +82,7 @@ export interface SplitPlan {
 export function planSplits(numerics: "invariant" | "fast", groups: number, sealed: number): SplitPlan {
   if (numerics === "fast") {
     const wanted = Math.max(1, Math.ceil(ENOUGH_WORKGROUPS / groups));
-    const splitTokens = Math.max(128, Math.ceil(sealed / wanted / 128) * 128);
+    const splitTokens = Math.ceil(Math.max(sealed / wanted, SHORTEST_SPLIT) / 128) * 128;
     return { splitTokens, splits: Math.max(1, Math.ceil(sealed / splitTokens)) };
   }
   const splits = Math.max(1, Math.ceil(sealed / INVARIANT_SPLIT_TOKENS));
@@ -155,7 +158,7 @@ async function createFused(common: Common, variant: "packed" | "half"): Promise<
     cachedKernel(gpu, {
       label: `${label} split`,
       code: splitCode,
-      bindings: BINDINGS("rrrrwr"),
+      bindings: BINDINGS(variant === "packed" ? "rrrrwrr" : "rrrrwr"),
       immediateBytes: DECODE_SPLIT_IMMEDIATES * 4,
     }),
     cachedKernel(gpu, {
@@ -165,17 +168,17 @@ async function createFused(common: Common, variant: "packed" | "half"): Promise<
       immediateBytes: DECODE_MERGE_IMMEDIATES * 4,
     }),
   ]);
-  // Splits of a lone longest row are the most that a row can have.
-  const most = planSplits(numerics, shape.kvHeads * split.tiles, maxPositions).splits;
-  const partials = createPartials(common, most);
+  const shortest = numerics === "fast" ? SHORTEST_SPLIT : INVARIANT_SPLIT_TOKENS;
+  const partials = createPartials(common, Math.ceil(maxPositions / shortest));
   const capacity = Math.floor(partials.size / partialBytes(options));
   return {
     variant,
-    bytes: partials.size,
+    partials,
     destroy: () => partials.destroy(),
     bind({ qkv, pages, residual, output }) {
       const { decodeRows, pageTable, ropeTable, status } = tables;
-      const boundSplit = splitKernel.bind([qkv, pages, decodeRows, pageTable, partials, ropeTable]);
+      const splitBuffers = [qkv, pages, decodeRows, pageTable, partials, ropeTable];
+      const boundSplit = splitKernel.bind(variant === "packed" ? [...splitBuffers, pages] : splitBuffers);
       const boundMerge = mergeKernel.bind([qkv, residual, decodeRows, partials, output, ropeTable, status]);
       const splitWords = new Uint32Array(DECODE_SPLIT_IMMEDIATES);
       const mergeWords = new Uint32Array(DECODE_MERGE_IMMEDIATES);
@@ -232,7 +235,7 @@ async function createLoops(common: Common, template: AttentionTemplate): Promise
   const headParts = heads / template.queryHeads;
   return {
     variant: "loops",
-    bytes: partials.size,
+    partials,
     destroy: () => partials.destroy(),
     bind({ qkv, pages, residual, output }) {
       const { decodeRows, pageTable, ropeTable, status } = tables;

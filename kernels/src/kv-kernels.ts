@@ -284,7 +284,7 @@ export async function createKvKernels(gpu: Gpu, options: KvKernelOptions): Promi
     prefillVariant: choice.variant,
     pageTable: buffers.pageTable,
     status: buffers.status,
-    bytes: Object.values(buffers).reduce((sum, { size }) => sum + size, kernels.decode.bytes),
+    bytes: Object.values(buffers).reduce((sum, { size }) => sum + size, kernels.decode.partials.size),
     residualBytes: maxSlots * 2 * shape.residualTokens * row * 4,
     chunkKvBytes: Math.max(1, maxRows) * 2 * row * 4,
     setPages: (slot, firstBlock, pages) => setPages(gpu, shared, slot, firstBlock, pages),
