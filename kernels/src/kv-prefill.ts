@@ -3,9 +3,8 @@ import type { Gpu } from "./device.ts";
 import { cachedKernel } from "./kernel-cache.ts";
 import { prefillAttentionWgsl } from "./kv-attention.wgsl.ts";
 import type { AttentionTemplate } from "./kv-attention-template.ts";
-import type { KvFormat, KvShape } from "./kv-format.ts";
 import { prefillMatrixWgsl } from "./kv-prefill-matrix.wgsl.ts";
-import { type PrefillMatrixPlan, type PrefillMatrixTemplate, prefillMatrixMemory } from "./kv-prefill-matrix-plan.ts";
+import { type PrefillMatrixTemplate, planPrefillMatrix, prefillMatrixMemory } from "./kv-prefill-matrix-plan.ts";
 import type { PrefillPlan } from "./kv-steps.ts";
 
 /** `loops`: any device. `matrix`: products of f16 matrices. */
@@ -14,8 +13,7 @@ export type PrefillVariant = "loops" | "matrix";
 /** Which kernel runs, and how many rows its tiles have. */
 export interface PrefillChoice {
   readonly variant: PrefillVariant;
-  /** Of the matrix kernel. */
-  readonly plan: PrefillMatrixPlan | undefined;
+  readonly matrix: PrefillMatrixTemplate | undefined;
   readonly tileRows: number;
 }
 
@@ -32,46 +30,27 @@ export interface PrefillAttention {
   bind(buffers: PrefillBuffers): { encode(pass: GPUComputePassEncoder, plan: PrefillPlan): void };
 }
 
-/** How a workgroup of the matrix kernel shares its work; 128 queries, or 64 for small heads. */
-function matrixPlan(shape: KvShape, heads: number, emulated: boolean): PrefillMatrixPlan {
-  const gqa = heads / shape.kvHeads;
-  const queries = emulated ? "shared" : "registers";
-  const common = { queries, loads: "early", order: "matrices first" } as const;
-  if (emulated) return { ...common, tileRows: 16, queryHeads: 1, rowBlocks: 1, columnGroups: 1 };
-  if (shape.headDim <= 64) return { ...common, tileRows: 64, queryHeads: 1, rowBlocks: 2, columnGroups: 2 };
-  if (gqa % 4 === 0) return { ...common, tileRows: 32, queryHeads: 4, rowBlocks: 2, columnGroups: 2 };
-  return { ...common, tileRows: 128, queryHeads: 1, rowBlocks: 2, columnGroups: 2 };
-}
-
-function matrixTemplate(gpu: Gpu, template: AttentionTemplate): PrefillMatrixTemplate {
+/** Of the matrix kernel; undefined where it does not fit the shape or the device's workgroup memory. */
+function matrixTemplate(gpu: Gpu, template: AttentionTemplate): PrefillMatrixTemplate | undefined {
   const { format, shape, heads, maxPages, scale, output } = template;
-  const emulated = !gpu.features.subgroupMatrix;
-  return {
-    format,
-    shape,
-    heads,
-    maxPages,
-    scale,
-    plan: matrixPlan(shape, heads, emulated),
-    dialect: emulated ? "emulated" : "device",
-    arithmetic: gpu.features.shaderF16 ? "f16" : "f32",
-    output,
-  };
+  const dialect = gpu.features.subgroupMatrix ? "device" : "emulated";
+  const arithmetic = gpu.features.shaderF16 ? "f16" : "f32";
+  const plan = planPrefillMatrix(shape, heads, dialect);
+  if (plan === undefined) return undefined;
+  const matrix = { format, shape, heads, maxPages, scale, plan, dialect, arithmetic, output } as const;
+  return prefillMatrixMemory(matrix) <= gpu.device.limits.maxComputeWorkgroupStorageSize ? matrix : undefined;
 }
 
-function matrixSupports(gpu: Gpu, format: KvFormat, shape: KvShape): boolean {
-  return gpu.features.subgroupMatrix && shape.headDim % 32 === 0 && shape.headDim <= (format.rotated ? 128 : 256);
-}
-
-/** @param wanted overrides the choice by the device; for tests. */
+/**
+ * @param wanted overrides the choice by the device; for tests.
+ * @throws RangeError where matrices are wanted and do not fit.
+ */
 export function choosePrefill(gpu: Gpu, template: AttentionTemplate, wanted?: PrefillVariant): PrefillChoice {
-  const loops = { variant: "loops", plan: undefined, tileRows: template.tileRows } as const;
-  const { format, shape } = template;
-  const fits = gpu.profile === "hardware" && matrixSupports(gpu, format, shape);
-  if ((wanted ?? (fits ? "matrix" : "loops")) === "loops") return loops;
-  const matrix = matrixTemplate(gpu, template);
-  if (prefillMatrixMemory(matrix) > gpu.device.limits.maxComputeWorkgroupStorageSize) return loops;
-  return { variant: "matrix", plan: matrix.plan, tileRows: matrix.plan.tileRows };
+  const device = gpu.profile === "hardware" && gpu.features.subgroupMatrix ? "matrix" : "loops";
+  const matrix = (wanted ?? device) === "matrix" ? matrixTemplate(gpu, template) : undefined;
+  if (matrix !== undefined) return { variant: "matrix", matrix, tileRows: matrix.plan.tileRows };
+  if (wanted === "matrix") throw new RangeError(`no matrices for heads of ${template.shape.headDim}`);
+  return { variant: "loops", matrix, tileRows: template.tileRows };
 }
 
 const BINDINGS = ["read", "read", "read", "read", "read", "read_write"] as const;
@@ -82,14 +61,14 @@ export async function createPrefillAttention(
   template: AttentionTemplate,
   choice: PrefillChoice,
 ): Promise<PrefillAttention> {
-  const matrix = choice.plan !== undefined;
+  const { matrix, variant } = choice;
   const kernel = await cachedKernel(gpu, {
-    label: `kv attention prefill ${template.format.name} ${choice.variant}`,
-    code: matrix ? prefillMatrixWgsl(matrixTemplate(gpu, template)) : prefillAttentionWgsl(template),
+    label: `kv attention prefill ${template.format.name} ${variant}`,
+    code: matrix ? prefillMatrixWgsl(matrix) : prefillAttentionWgsl(template),
     bindings: BINDINGS,
     immediateBytes: matrix ? 8 : 12,
   });
-  const headParts = template.heads / (choice.plan?.queryHeads ?? template.queryHeads);
+  const headParts = template.heads / (matrix?.plan.queryHeads ?? template.queryHeads);
   return {
     bind({ qkv, pages, chunkKv, tiles, pageTable, output }) {
       const bound = kernel.bind([qkv, pages, chunkKv, tiles, pageTable, output]);
