@@ -17,10 +17,8 @@ export interface PrefillMatrixPlan {
   readonly columnGroups: number;
   /** Where the queries stay: as matrices in registers (device only), or in workgroup memory. */
   readonly queries: "registers" | "shared";
-  /** When the words to stage are loaded: one phase early, or where they are unpacked. */
+  /** When the words to stage are loaded: before the products, or where they are unpacked. */
   readonly loads: "early" | "late";
-  /** What comes first in each phase; staggered: matrices for half of the subgroups, the rest for the others. */
-  readonly order: "matrices first" | "vectors first" | "staggered";
 }
 
 /**
@@ -48,7 +46,6 @@ export function planPrefillMatrix(
     columnGroups: 2,
     queries: device ? "registers" : "shared",
     loads: device ? "early" : "late",
-    order: "matrices first",
   };
 }
 

@@ -25,7 +25,6 @@ interface Case {
   /** tileRows, queryHeads, rowBlocks, columnGroups. */
   readonly plan: readonly [number, number, number, number];
   readonly loads?: PrefillMatrixPlan["loads"];
-  readonly order?: PrefillMatrixPlan["order"];
   readonly window?: number;
   readonly output?: "f16" | "f32";
   readonly arithmetic?: "f16" | "f32";
@@ -40,7 +39,7 @@ const CASES: readonly Case[] = [
   { format: "kivi2", headDim: 96, heads: 1, kvHeads: 1, plan: [16, 1, 1, 1], output: "f16" },
   { format: "kivi4", headDim: 32, heads: 4, kvHeads: 1, plan: [16, 4, 4, 2] },
   { format: "kivi-k4v2r", headDim: 32, heads: 2, kvHeads: 2, plan: [32, 1, 2, 2] },
-  { format: "kivi-k4v2", headDim: 32, heads: 2, kvHeads: 2, plan: [32, 1, 1, 1], loads: "early", order: "staggered" },
+  { format: "kivi-k4v2", headDim: 32, heads: 2, kvHeads: 2, plan: [32, 1, 1, 1], loads: "early" },
   {
     format: "kivi-k2v4",
     headDim: 32,
@@ -48,7 +47,6 @@ const CASES: readonly Case[] = [
     kvHeads: 2,
     plan: [16, 1, 1, 1],
     loads: "early",
-    order: "vectors first",
   },
   { format: "f16", headDim: 48, heads: 2, kvHeads: 1, plan: [16, 2, 2, 1], arithmetic: "f32" },
   { format: "f16", headDim: 64, heads: 2, kvHeads: 2, plan: [32, 1, 2, 2], loads: "early", output: "f16" },
@@ -61,9 +59,8 @@ const title = ({
   kvHeads,
   plan,
   loads = "late",
-  order = "matrices first",
   output = "f32",
-}: Case) => `${format} D ${headDim} ${heads}/${kvHeads}, ${plan.join(" ")}, ${loads}, ${order}, ${output}`;
+}: Case) => `${format} D ${headDim} ${heads}/${kvHeads}, ${plan.join(" ")}, ${loads}, ${output}`;
 
 interface Run {
   readonly chunks: readonly PrefillChunk[];
@@ -87,7 +84,6 @@ async function attend(c: Case, run: Run): Promise<{ setup: PrefillAttentionSetup
     columnGroups,
     queries: "shared",
     loads: c.loads ?? "late",
-    order: c.order ?? "matrices first",
   } as const;
   const code = prefillMatrixWgsl({
     format,
@@ -201,7 +197,6 @@ test("plans that do not fit are refused", () => {
         columnGroups: 1,
         queries: "shared",
         loads: "late",
-        order: "matrices first",
         ...plan,
       },
       dialect: "emulated",

@@ -3,7 +3,7 @@
  *
  * A workgroup takes a tile of rows and some query heads of one KV head. For 32 tokens at a time, keys and values are
  * unpacked once to f16 rows in workgroup memory; logits go through workgroup memory to the threads that own the queries
- * (softmax), and come back as f16 weights. The order of `tileLoop` puts other work beside both products.
+ * (softmax), and come back as f16 weights. A step has a part of vectors and a part of matrices, a barrier after each.
  *
  * Matrices cannot be scaled by rows. So a query keeps a reference maximum, weights are exp2(logit - reference), and only
  * where a logit exceeds its reference by more than 8 is the output taken through workgroup memory to scale that query's row
@@ -152,7 +152,7 @@ function largest(context: Context, masked: boolean): string {
     let best = max(max(most.x, most.y), max(most.z, most.w));`;
 }
 
-/** Statements: the thread's part of its query's weights goes to `w`, their sum to `total`; `most` is the largest logit. */
+/** Statements: the thread's part of its query's weights goes to `weights`, their sum to `total`; `most` is the largest logit. */
 function weigh(context: Context, masked: boolean): string {
   const own = KEY_TILE / 4 / context.s.rowThreads;
   const { load, weight } = readLogits(masked);
@@ -166,7 +166,7 @@ function weigh(context: Context, masked: boolean): string {
       most = max(most, max(x, y));
       let p = ${weight("x")}; let q = ${weight("y")};
       sum += ((p.x + p.y) + (p.z + p.w)) + ((q.x + q.y) + (q.z + q.w));
-      w[${j}] = vec4<u32>(pack2x16float(p.xy), pack2x16float(p.zw), pack2x16float(q.xy), pack2x16float(q.zw));`,
+      weights[weightRow + part * ${own / 2}u + ${j}] = vec4<u32>(pack2x16float(p.xy), pack2x16float(p.zw), pack2x16float(q.xy), pack2x16float(q.zw));`,
     )}
     total = fma(before, factor, sum);`;
 }
@@ -178,11 +178,11 @@ function eitherPhase({ template }: Context, text: (masked: boolean) => string): 
   return `if (isSealed) { ${text(false)} } else { ${text(true)} }`;
 }
 
-/** Softmax of tile t against the query's reference `top`; asks for the slow path where a logit exceeds it by too much. */
+/** Softmax of tile t - 1 against the query's reference `top`; asks for the slow path where a logit exceeds it by too much. */
 function softmax(context: Context): string {
   const { s } = context;
-  return `let firstToken = t * ${KEY_TILE}u;
-    if (t == 0u && (isSealed || sealed == 0u)) { ${largest(context, true)} top = best; }
+  return `let firstToken = (t - 1u) * ${KEY_TILE}u;
+    if (t == 1u && (isSealed || sealed == 0u)) { ${largest(context, true)} top = best; }
     before = total;
     let factor = 1.0;
     ${eitherPhase(
@@ -193,7 +193,7 @@ function softmax(context: Context): string {
 }
 
 /**
- * The slow path of tile t: queries whose logits exceed their reference take a new one; every query's output is scaled, by
+ * The slow path of tile t - 1: queries whose logits exceed their reference take a new one; every query's output is scaled, by
  * 1 for the others, 32 channels at a time through `board`.
  */
 function rescue(context: Context): string {
@@ -219,7 +219,7 @@ function rescue(context: Context): string {
       " ",
     );
   return `if (thread == 0u) { kv[${s.d / 8}u].x = 0u; }
-    let firstToken = t * ${KEY_TILE}u;
+    let firstToken = (t - 1u) * ${KEY_TILE}u;
     var factor = 1.0;
     {
     ${largest(context, true)}
@@ -282,64 +282,38 @@ ${window.stores}
   };
 }
 
-/** Two texts of one phase: where staggered, half of the subgroups run the second one first. */
-function together({ template, s }: Context, matrices: string, vectors: string): string {
-  if (template.plan.order === "vectors first") return `${vectors}\n    ${matrices}`;
-  if (template.plan.order === "matrices first") return `${matrices}\n    ${vectors}`;
-  return `for (var half = 0u; half < 2u; half++) {
-    if ((half == 0u) == (thread < ${s.threads / 2}u)) { ${matrices} } else { ${vectors} }
-    }`;
-}
-
 /**
- * The loop over tiles of a phase; step t has two parts, with a barrier after each. In each one half of the threads' work
- * is matrices and half is not:
- *
- *   logits of tile t                 | weights and values of t - 1 to workgroup memory
- *   output += weights * values, t - 1 | softmax of t; keys of t + 1 to workgroup memory
+ * The loop over tiles of a phase. Step t: softmax of tile t - 1 beside the staging of its values and of the keys of t; then
+ * output += weights * values of t - 1, and the logits of t.
  */
 function tileLoop(context: Context): string {
   const { s } = context;
   const keys = staging(context, "key");
   const values = staging(context, "value");
-  const own = KEY_TILE / 8 / s.rowThreads;
   return `${keys.declarations}
 ${values.declarations}
     ${keys.load("0u")}
-    ${keys.store("0u")}
-    ${keys.load("1u")}
-    workgroupBarrier();
+    ${values.load("0u")}
     for (var t = 0u; t <= count; t++) {
-    ${together(
-      context,
-      `if (t < count) ${logits(context)}`,
-      `if (t > 0u) {
-    // staging
-    ${values.store("t - 1u")}
-    // staged
-    ${loop(context, "j", own, (j) => `weights[weightRow + part * ${own}u + ${j}] = w[${j}];`)}
-    }
-    ${values.load("t")}`,
-    )}
     workgroupBarrier();
-    ${together(
-      context,
-      `if (t > 0u) {
-    ${products(context)}
-    }`,
-      `if (t < count) {
+    if (t > 0u) {
     // softmax
     ${softmax(context)}
     // weights are there
     }
     // staging
-    ${keys.store("t + 1u")}
+    ${keys.store("t")}
+    ${values.store("max(t, 1u) - 1u")}
     // staged
-    ${keys.load("t + 2u")}`,
-    )}
     if (workgroupUniformLoad(&kv[${s.d / 8}u]).x != 0u) {
     ${rescue(context)}
     }
+    ${keys.load("t + 1u")}
+    ${values.load("t")}
+    if (t > 0u) {
+    ${products(context)}
+    }
+    if (t < count) ${logits(context)}
     }`;
 }
 
@@ -545,9 +519,8 @@ export function prefillMatrixWgsl(template: PrefillMatrixTemplate): string {
   if (thread == 0u) { kv[${s.d / 8}u].x = 0u; }
   var top = ${SENTINEL};
   var total = 0.0;
-  // The total before the last tile, and the thread's part of its weights.
+  // The total before the last tile.
   var before = 0.0;
-  var w = array<vec4<u32>, ${KEY_TILE / 8 / s.rowThreads}>();
 ${outputs}
 ${matrices}
 ${phases(context)}

@@ -25,9 +25,19 @@ export interface PrefillAttentionOptions {
   readonly names?: readonly number[];
 }
 
-/** Halves of normal numbers, by a random 16-bit index: fast enough for gigabytes. */
+/** Normal numbers that are halves; rows are slices of them at random places: fast enough for gigabytes. */
 function normalHalves(random: Random): Uint16Array<ArrayBuffer> {
-  return Uint16Array.from({ length: 65536 }, () => floatToHalf(random.normal()));
+  return Uint16Array.from({ length: 1 << 17 }, () => floatToHalf(random.normal()));
+}
+
+/** Fills `target` with numbers of the table from a random place on. */
+function fillSlice(target: Float32Array | Uint16Array, table: Float32Array | Uint16Array, random: Random): void {
+  for (let done = 0; done < target.length; ) {
+    const at = random.uint32() & 0xffff;
+    const count = Math.min(target.length - done, table.length - at);
+    target.set(table.subarray(at, at + count), done);
+    done += count;
+  }
 }
 
 /** A page with random codes, scales, zeros and norms as sealing makes them. */
@@ -84,6 +94,7 @@ export class PrefillAttentionSetup {
     const { kvHeads, headDim, blockTokens } = shape;
     this.rows = chunks.reduce((sum, { tokens }) => sum + tokens, 0);
     const normals = normalHalves(new Random(seed));
+    const queries = Float32Array.from(normals, (half) => halfToFloat(half) * queryDeviation);
     const width = (heads + 2 * kvHeads) * headDim;
     this.#qkvData = new Float32Array(this.rows * width);
     this.#rowData = new Uint16Array(this.rows * 2 * kvHeads * headDim);
@@ -106,12 +117,9 @@ export class PrefillAttentionSetup {
       }
       for (let token = 0; token < tokens; token++, row++) {
         const random = new Random(seed ^ Math.imul(name + 1, 0x7f4a7c15) ^ Math.imul(position + token + 1, 0xc2b2ae35));
-        for (let j = 0; j < heads * headDim; j++) {
-          this.#qkvData[row * width + j] = halfToFloat(normals[random.uint32() & 0xffff] as number) * queryDeviation;
-        }
-        for (let j = 0; j < 2 * kvHeads * headDim; j++) {
-          this.#rowData[row * 2 * kvHeads * headDim + j] = normals[random.uint32() & 0xffff] as number;
-        }
+        fillSlice(this.#qkvData.subarray(row * width, row * width + heads * headDim), queries, random);
+        const plane = 2 * kvHeads * headDim;
+        fillSlice(this.#rowData.subarray(row * plane, (row + 1) * plane), normals, random);
       }
     });
     this.qkv = uploadStorage(gpu, "qkv", this.#qkvData);
