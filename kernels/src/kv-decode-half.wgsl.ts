@@ -31,16 +31,20 @@ export function decodeHalfSupports(format: KvFormat, { headDim }: KvShape): bool
 
 const XYZW = ["x", "y", "z", "w"];
 
-function keyPhase({ queries, shape }: DecodeHalfTemplate): string {
+/** Software drivers compile loops faster than what is unrolled, and have no loads to keep under way. */
+const rolled = (template: DecodeHalfTemplate) => template.exchange === "memory";
+
+function keyPhase(template: DecodeHalfTemplate): string {
+  const { queries, shape } = template;
   const columns = shape.headDim / 8;
+  const column = (key: string, at: (r: number) => string) =>
+    `{ let k = ${key}; let a = vec4f(unpack2x16float(k.x), unpack2x16float(k.y)); let b = vec4f(unpack2x16float(k.z), unpack2x16float(k.w));
+      ${each(queries, (r) => `s${r} += dot(a, turned[${at(r)}]) + dot(b, turned[${at(r)} + 1u]);`, " ")} }`;
+  const sums = rolled(template)
+    ? `for (var c = 0u; c < ${columns}u * params.one; c++) ${column("pages[here + c * 32u]", (r) => `${r * columns * 2}u + 2u * c`)}`
+    : each(columns, (c) => `    ${column(`key${c}`, (r) => `${(r * columns + c) * 2}u`)}`);
   return `${each(queries, (r) => `    var s${r} = 0.0;`)}
-${each(
-  columns,
-  (
-    c,
-  ) => `    { let a = vec4f(unpack2x16float(key${c}.x), unpack2x16float(key${c}.y)); let b = vec4f(unpack2x16float(key${c}.z), unpack2x16float(key${c}.w));
-      ${each(queries, (r) => `s${r} += dot(a, turned[${(r * columns + c) * 2}u]) + dot(b, turned[${(r * columns + c) * 2 + 1}u]);`, " ")} }`,
-)}
+${sums}
 ${each(
   queries,
   (
@@ -50,14 +54,29 @@ ${each(
 )}`;
 }
 
-function valuePhase({ queries, shape }: DecodeHalfTemplate): string {
+function valuePhase(template: DecodeHalfTemplate, codes: number): string {
+  const { queries, shape } = template;
   const words = shape.headDim / 2 / DECODE_LANES;
+  const quad = (
+    value: (w: number) => string,
+    at: (r: number) => string,
+  ) => `{ ${each(queries, (r) => `let p${r} = probs[${at(r)}];`, " ")}
+${each(words, (w) => `      { let word = ${value(w)}; ${each(4, (t) => `{ let v = unpack2x16float(word.${XYZW[t]}); ${each(queries, (r) => `a${r}_${w} = fma(vec2f(p${r}.${XYZW[t]}), v, a${r}_${w});`, " ")} }`, " ")} }`)} }`;
+  const sums = rolled(template)
+    ? `for (var quad = 0u; quad < 8u * params.one; quad++) ${quad(
+        (w) => `pages[here + ${codes + w * 32}u + quad * ${shape.headDim / 2}u]`,
+        (r) => `${r * 8}u + quad`,
+      )}`
+    : each(
+        8,
+        (i) =>
+          `    ${quad(
+            (w) => `value${i}_${w}`,
+            (r) => `${r * 8 + i}u`,
+          )}`,
+      );
   return `${each(queries, (r) => each(words, (w) => `    a${r}_${w} *= keep${r};`, " "))}
-${each(
-  8,
-  (quad) => `    { ${each(queries, (r) => `let p${r} = probs[${r * 8 + quad}u];`, " ")}
-${each(words, (w) => each(4, (t) => `      { let v = unpack2x16float(value${quad}_${w}.${XYZW[t]}); ${each(queries, (r) => `a${r}_${w} = fma(vec2f(p${r}.${XYZW[t]}), v, a${r}_${w});`, " ")} }`))} }`,
-)}`;
+${sums}`;
 }
 
 function storePartials({ queries, shape, heads }: DecodeHalfTemplate): string {
@@ -87,6 +106,8 @@ export function decodeHalfWgsl(template: DecodeHalfTemplate): string {
   const columns = d / 8;
   const words = d / 2 / DECODE_LANES;
   const pageGroups = shape.blockTokens / KV_GROUP;
+  const codes = layout.valueCodes / 4;
+  const early = (statements: readonly string[]) => (rolled(template) ? "" : statements.join(" "));
   const width = (heads + 2 * shape.kvHeads) * d;
   const at = (g: string) =>
     `pageTable[slot * ${maxPages}u + ${g} / ${pageGroups}u] * ${layout.page / 4}u + kvHead * ${layout.head / 4}u + (${g} % ${pageGroups}u) * ${d * 4}u + lane`;
@@ -115,9 +136,7 @@ ${queryRopeWgsl(template)}
   let end = min(start + params.splitTokens, sealed) / 32u;
 ${each(queries, (r) => `  let head${r} = kvHead * ${gqa}u + min(firstQuery + ${r}u, ${gqa - 1}u); var top${r} = -1.0e30; var total${r} = 0.0; ${each(words, (w) => `var a${r}_${w} = vec2f();`, " ")}`)}
   var here = ${at("first")};
-  ${range(columns)
-    .map((c) => `var nKey${c} = pages[here + ${c * 32}u];`)
-    .join(" ")}
+  ${early(range(columns).map((c) => `var nKey${c} = pages[here + ${c * 32}u];`))}
 ${each(
   queries,
   (r) =>
@@ -125,15 +144,15 @@ ${each(
 )}
   workgroupBarrier();
   for (var g = first; g < end; g++) {
-    ${each(8, (quad) => each(words, (w) => `let value${quad}_${w} = pages[here + ${layout.valueCodes / 4 + quad * (d / 2) + w * 32}u];`, " "), " ")}
-    ${each(columns, (c) => `let key${c} = nKey${c};`, " ")}
+    ${early(range(8).flatMap((quad) => range(words).map((w) => `let value${quad}_${w} = pages[here + ${codes + quad * (d / 2) + w * 32}u];`)))}
+    ${early(range(columns).map((c) => `let key${c} = nKey${c};`))}
     let following = min(g + 1u, end - 1u);
     let next = ${at("following")};
 ${keyPhase(template)}
-    ${each(columns, (c) => `nKey${c} = pages[next + ${c * 32}u];`, " ")}
-    here = next;
+    ${early(range(columns).map((c) => `nKey${c} = pages[next + ${c * 32}u];`))}
     workgroupBarrier();
-${valuePhase(template)}
+${valuePhase(template, codes)}
+    here = next;
     workgroupBarrier();
   }
 ${storePartials(template)}
