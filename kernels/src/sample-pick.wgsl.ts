@@ -16,6 +16,7 @@ import {
   sliceElements,
   withSizes,
 } from "./sample-slices.wgsl.ts";
+import { SAMPLE_THRESHOLD_WGSL } from "./sample-threshold.wgsl.ts";
 
 export interface SamplePickTemplate extends SampleSliceTemplate {
   /** Threads of a workgroup: a multiple of the subgroup's size, 64 … 1024. */
@@ -42,6 +43,9 @@ fn subVector(sub: u32, i: u32) -> u32 {
   let j = i / SUB_LANES;
   return lane / ${SLICE_THREADS}u * ${SLICE_THREADS * vectors}u + inSlice / 32u * ${32 * vectors}u + j * 32u + inSlice % 32u + i % SUB_LANES;
 }
+// Vectors of a thread in flight.
+const AHEAD = ${template.sizes === "constant" ? 4 : 1}u;
+var<workgroup> slicePartials: array<vec4u, ${MOST_SLICES}>;
 var<workgroup> histogram: array<atomic<u32>, ${BINS}>;
 var<workgroup> listKeys: array<u32, ${threads}>;
 var<workgroup> listIndices: array<u32, ${threads}>;
@@ -68,6 +72,7 @@ ${sampleLogitsText(template)}
 @group(0) @binding(4) var<storage, read_write> answers: array<Answer>;
 ${constantsText(template)}
 ${SAMPLE_SEARCH_WGSL}
+${SAMPLE_THRESHOLD_WGSL}
 @compute @workgroup_size(THREADS)
 fn main(
   @builtin(workgroup_id) group: vec3u,
@@ -78,10 +83,12 @@ fn main(
   let lane = Lane(thread, size, inSubgroup);
   let row = group.x;
   let request = requests[row];
+  if (thread < SLICES) { slicePartials[thread] = partials[row * SLICES + thread]; }
+  workgroupBarrier();
   var best = vec2u(0u, 0x7fffffffu);
   var nonFinite = 0u;
   for (var slice = 0u; slice < SLICES; slice++) {
-    let one = partials[row * SLICES + slice];
+    let one = slicePartials[slice];
     if (one.x > best.x) { best = vec2u(one.x, one.y & 0x7fffffffu); }
     nonFinite |= one.y >> 31u;
   }
@@ -90,23 +97,31 @@ fn main(
   var total = 0.0;
   var warmTotal = 0.0;
   for (var slice = 0u; slice < SLICES; slice++) {
-    let one = partials[row * SLICES + slice];
-    if (one.x == 0u) { continue; }
-    let distance = valueOf(one.x) - top;
-    total += bitcast<f32>(one.z) * exp(distance);
-    warmTotal += bitcast<f32>(one.w) * exp(max(distance * inverse, -100.0));
+    let one = slicePartials[slice];
+    if (one.x != 0u) {
+      let distance = valueOf(one.x) - top;
+      total += bitcast<f32>(one.z) * exp(distance);
+      warmTotal += bitcast<f32>(one.w) * exp(max(distance * inverse, -100.0));
+    }
   }
   // Without one finite logit there is nothing to choose: token 0, and the flag tells.
-  if (thread == 0u) { chosen = select(best.y, 0u, best.x == 0u); }
-  workgroupBarrier();
-  if (request.temperature > 0.0 && best.x != 0u) {
+  if (thread == 0u) {
+    chosen = select(best.y, 0u, best.x == 0u);
+    found = vec4u(best.x, 0u, 0u, 0u);
+  }
+  if (request.temperature > 0.0 && workgroupUniformLoad(&found).x != 0u) {
     let random = pcg4d(vec4u(request.seedLow, request.seedHigh, request.position, 0u)).x;
     let limitsCount = request.topK > 0u && request.topK < VOCABULARY;
-    if (!limitsCount && request.topP >= 1.0) {
-      drawBySlices(row, lane, top, inverse, warmTotal, random);
-    } else if (!drawFromList(row, lane, request, top, inverse, warmTotal, random)) {
-      drawByThreshold(row, lane, request, top, inverse, warmTotal, random);
+    let limited = limitsCount || request.topP < 1.0;
+    var drawn = false;
+    var draw = Draw();
+    if (!limited) {
+      draw = sliceRange(top, inverse, warmTotal, random);
+    } else {
+      drawn = drawFromList(row, lane, request, top, inverse, warmTotal, random);
+      if (!drawn) { draw = thresholdRange(row, lane, request, top, inverse, warmTotal, random); }
     }
+    if (!drawn) { drawIn(row, lane, draw); }
   }
   if (thread == 0u) {
     let value = bitcast<f32>(logitBits(row, chosen));

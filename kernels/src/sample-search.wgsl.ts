@@ -1,4 +1,4 @@
-/** WGSL of `sample-pick.wgsl.ts`: how a workgroup draws from a slice, from a short list, and from a whole row. */
+/** WGSL of `sample-pick.wgsl.ts`: how a workgroup draws from a slice and from a short list. */
 
 const SHARED_STEPS = `
 struct Lane { index: u32, size: u32, inSubgroup: u32 }
@@ -45,11 +45,13 @@ fn sumAll(lane: Lane, value: f32) -> f32 {
   return total;
 }
 
-/** Draws from elements begin … end − 1 in the order of indices, at the fraction random / 2³² of their mass; sets \`chosen\`. */
-fn drawIn(row: u32, lane: Lane, begin: u32, end: u32, kept: Threshold, weighting: Weighting, random: u32) {
-  let range = (end - begin + THREADS - 1u) / THREADS;
-  let first = min(begin + lane.index * range, end);
-  let last = min(first + range, end);
+/** Draws from a range in the order of indices, at the fraction random / 2³² of its mass; sets \`chosen\`. */
+fn drawIn(row: u32, lane: Lane, draw: Draw) {
+  let kept = draw.kept;
+  let weighting = draw.weighting;
+  let range = (draw.end - draw.begin + THREADS - 1u) / THREADS;
+  let first = min(draw.begin + lane.index * range, draw.end);
+  let last = min(first + range, draw.end);
   var above = 0u;
   var equal = 0u;
   for (var at = first; at < last; at++) {
@@ -63,7 +65,7 @@ fn drawIn(row: u32, lane: Lane, begin: u32, end: u32, kept: Threshold, weighting
   let total = sums.z + min(sums.w, kept.ties) * tieWeight;
   var ties = kept.ties - min(sums.y, kept.ties);
   let mine = above + min(ties, equal) * tieWeight;
-  let place = multiplyHigh(random, total);
+  let place = multiplyHigh(draw.random, total);
   if (place >= before && place - before < mine) {
     var sum = before;
     for (var at = first; at < last; at++) {
@@ -78,27 +80,31 @@ fn drawIn(row: u32, lane: Lane, begin: u32, end: u32, kept: Threshold, weighting
   workgroupBarrier();
 }
 
-/** Temperature only: the slice by its sum, then the token inside it. */
-fn drawBySlices(row: u32, lane: Lane, top: f32, inverse: f32, total: f32, random: u32) {
+/** What is left to do when the range that holds the token is known. */
+struct Draw { begin: u32, end: u32, kept: Threshold, weighting: Weighting, random: u32 }
+
+/** Temperature only: the slice by its sum. */
+fn sliceRange(top: f32, inverse: f32, total: f32, random: u32) -> Draw {
   let place = f32(random) * (total / 4294967296.0);
   var before = 0.0;
   var slice = 0u;
   var fraction = 0.0;
   for (var other = 0u; other < SLICES; other++) {
-    let one = partials[row * SLICES + other];
-    if (one.x == 0u) { continue; }
-    let mass = bitcast<f32>(one.w) * exp(max((valueOf(one.x) - top) * inverse, -100.0));
-    // The last slice that begins before the place.
-    if (mass > 0.0 && place >= before) {
-      slice = other;
-      fraction = clamp((place - before) / mass, 0.0, 1.0);
+    let one = slicePartials[other];
+    if (one.x != 0u) {
+      let mass = bitcast<f32>(one.w) * exp(max((valueOf(one.x) - top) * inverse, -100.0));
+      // The last slice that begins before the place.
+      if (mass > 0.0 && place >= before) {
+        slice = other;
+        fraction = clamp((place - before) / mass, 0.0, 1.0);
+      }
+      before += mass;
     }
-    before += mass;
   }
-  let chosenSlice = partials[row * SLICES + slice];
-  let weighting = Weighting(valueOf(max(chosenSlice.x, 1u)), inverse, 2147483648.0 / bitcast<f32>(chosenSlice.w));
+  let found = slicePartials[slice];
+  let weighting = Weighting(valueOf(max(found.x, 1u)), inverse, 2147483648.0 / bitcast<f32>(found.w));
   let begin = slice * SLICE;
-  drawIn(row, lane, begin, min(begin + SLICE, VOCABULARY), Threshold(0u, 0u), weighting, u32(fraction * 4294967040.0));
+  return Draw(begin, min(begin + SLICE, VOCABULARY), Threshold(0u, 0u), weighting, u32(fraction * 4294967040.0));
 }
 `;
 
@@ -106,8 +112,8 @@ const LIST = `
 /** Limited rows whose kept tokens are surely among the few best. @returns false where they may not be. */
 fn drawFromList(row: u32, lane: Lane, request: Request, top: f32, inverse: f32, total: f32, random: u32) -> bool {
   let limitsCount = request.topK > 0u && request.topK < VOCABULARY;
-  let wantedRank = select(SUBS * 3u / 4u, request.topK, limitsCount);
-  if (wantedRank > SUBS * 15u / 16u || wantedRank == 0u) { return false; }
+  let wantedRank = select(max(SUBS / 2u, 1u), request.topK, limitsCount);
+  if (wantedRank > SUBS * 15u / 16u) { return false; }
   if (lane.index == 0u) {
     atomicStore(&listCount, 0u);
     found = vec4u(1u, 0u, 0u, 0u);
@@ -127,15 +133,21 @@ fn drawFromList(row: u32, lane: Lane, request: Request, top: f32, inverse: f32, 
   let bound = found.x;
   for (var sub = lane.index / lane.size; sub < SUBS; sub += THREADS / lane.size) {
     if (subs[row * SUBS + sub] < bound) { continue; }
-    for (var i = lane.inSubgroup; i < SUB_VECTORS; i += lane.size) {
-      let vector = subVector(sub, i);
-      let keys = keys4(logits4(row, vector));
-      for (var part = 0u; part < 4u; part++) {
-        if (keys[part] >= bound) {
-          let slot = atomicAdd(&listCount, 1u);
-          if (slot < LIST) {
-            listKeys[slot] = keys[part];
-            listIndices[slot] = vector * 4u + part;
+    for (var i = lane.inSubgroup; i < SUB_VECTORS; i += AHEAD * lane.size) {
+      var block = array<vec4u, AHEAD>();
+      for (var j = 0u; j < AHEAD; j++) {
+        block[j] = vec4u(0xff800000u);
+        if (i + j * lane.size < SUB_VECTORS) { block[j] = logits4(row, subVector(sub, i + j * lane.size)); }
+      }
+      for (var j = 0u; j < AHEAD; j++) {
+        let keys = keys4(block[j]);
+        for (var part = 0u; part < 4u; part++) {
+          if (keys[part] >= bound) {
+            let slot = atomicAdd(&listCount, 1u);
+            if (slot < LIST) {
+              listKeys[slot] = keys[part];
+              listIndices[slot] = subVector(sub, i + j * lane.size) * 4u + part;
+            }
           }
         }
       }
@@ -203,210 +215,5 @@ fn drawSorted(lane: Lane, request: Request, unscaled: Weighting, total: f32, cou
 }
 `;
 
-const THRESHOLD = `
-/** Falls with the value; the last bin is all that is far away. */
-fn binOf(key: u32, weighting: Weighting) -> u32 {
-  let perUnit = select(64.0 * weighting.inverseTemperature, 32.0, weighting.scale == 0.0);
-  return u32(min((weighting.top - valueOf(key)) * perUnit, f32(BINS - 1u)));
-}
-
-/** The bin where the weights from the best logit on reach \`wanted\`, what is left of it there, and the weight of all. */
-fn findBin(row: u32, lane: Lane, kept: Threshold, weighting: Weighting, share: f32, count: u32) -> vec3u {
-  for (var bin = lane.index; bin < BINS; bin += THREADS) { atomicStore(&histogram[bin], 0u); }
-  if (lane.index == 0u) { found = vec4u(BINS, 0u, 0u, 0u); }
-  workgroupBarrier();
-  for (var vector = lane.index; vector < VECTORS_OF_ROW; vector += THREADS) {
-    let keys = keys4(logits4(row, vector));
-    for (var part = 0u; part < 4u; part++) {
-      if (keys[part] > kept.key) {
-        let weight = weightOf(keys[part], weighting);
-        if (weight > 0u) { atomicAdd(&histogram[binOf(keys[part], weighting)], weight); }
-      }
-    }
-  }
-  if (lane.index == 0u && kept.ties > 0u) {
-    atomicAdd(&histogram[binOf(kept.key, weighting)], kept.ties * weightOf(kept.key, weighting));
-  }
-  workgroupBarrier();
-  var mine = 0u;
-  let each = BINS / THREADS;
-  for (var i = 0u; i < each; i++) { mine += atomicLoad(&histogram[lane.index * each + i]); }
-  let sums = scan(lane, vec2u(mine, 0u));
-  let wanted = select(count, max(1u, u32(ceil(max(share, 0.0) * f32(sums.z & 0xffffff00u)))), weighting.scale != 0.0);
-  var sum = sums.x;
-  for (var i = 0u; i < each; i++) {
-    let weight = atomicLoad(&histogram[lane.index * each + i]);
-    if (sum < wanted && sum + weight >= wanted) { found = vec4u(lane.index * each + i, wanted - sum, sums.z, 0u); }
-    sum += weight;
-  }
-  workgroupBarrier();
-  return workgroupUniformLoad(&found).xyz;
-}
-
-/** Collects the keys of a bin. @returns how many there are; more than THREADS are not all collected. */
-fn collectBin(row: u32, lane: Lane, bin: u32, kept: Threshold, weighting: Weighting) -> u32 {
-  if (lane.index == 0u) { atomicStore(&listCount, 0u); }
-  workgroupBarrier();
-  for (var vector = lane.index; vector < VECTORS_OF_ROW; vector += THREADS) {
-    let keys = keys4(logits4(row, vector));
-    for (var part = 0u; part < 4u; part++) {
-      if (keys[part] > kept.key && binOf(keys[part], weighting) == bin) {
-        let slot = atomicAdd(&listCount, 1u);
-        if (slot < THREADS) { listKeys[slot] = keys[part]; }
-      }
-    }
-  }
-  workgroupBarrier();
-  if (lane.index == 0u) { found.w = atomicLoad(&listCount); }
-  return workgroupUniformLoad(&found).w;
-}
-
-/** The highest key of the collected ones whose equals and betters weigh at least \`wanted\`, and what is left of it there. */
-fn narrowList(lane: Lane, count: u32, wanted: u32, kept: Threshold, weighting: Weighting) -> vec2u {
-  if (lane.index == 0u) { found = vec4u(kept.key, wanted, 0u, 0u); }
-  workgroupBarrier();
-  var key = 0u;
-  var above = 0u;
-  var reached = 0u;
-  if (lane.index < count) {
-    key = listKeys[lane.index];
-    for (var other = 0u; other < count; other++) {
-      let weight = weightOf(listKeys[other], weighting);
-      if (listKeys[other] > key) { above += weight; }
-      if (listKeys[other] >= key) { reached += weight; }
-    }
-    // Equal keys write the same.
-    if (above < wanted && reached >= wanted) { found = vec4u(key, wanted - above, 0u, 0u); }
-  }
-  let all = scan(lane, vec2u(select(0u, weightOf(key, weighting), lane.index < count), 0u)).z;
-  // Not reached by the list: the kept ones of the tie below it.
-  if (lane.index == 0u && all < wanted) { found = vec4u(kept.key, wanted - all, 0u, 0u); }
-  workgroupBarrier();
-  return workgroupUniformLoad(&found).xy;
-}
-
-/** The same among all keys, a byte at a time: for bins that hold more than the list. */
-fn narrowByDigits(row: u32, lane: Lane, kept: Threshold, weighting: Weighting, wanted: u32) -> vec2u {
-  var prefix = 0u;
-  var mask = 0u;
-  var remaining = wanted;
-  for (var digit = 0u; digit < 4u; digit++) {
-    let shift = 24u - digit * 8u;
-    for (var bin = lane.index; bin < 256u; bin += THREADS) { atomicStore(&histogram[bin], 0u); }
-    workgroupBarrier();
-    for (var vector = lane.index; vector < VECTORS_OF_ROW; vector += THREADS) {
-      let keys = keys4(logits4(row, vector));
-      for (var part = 0u; part < 4u; part++) {
-        let key = keys[part];
-        if (key > kept.key && (key & mask) == prefix) {
-          let weight = weightOf(key, weighting);
-          if (weight > 0u) { atomicAdd(&histogram[(key >> shift) & 255u], weight); }
-        }
-      }
-    }
-    if (lane.index == 0u && kept.ties > 0u && (kept.key & mask) == prefix) {
-      atomicAdd(&histogram[(kept.key >> shift) & 255u], kept.ties * weightOf(kept.key, weighting));
-    }
-    workgroupBarrier();
-    if (lane.index == 0u) {
-      found = vec4u(0u, remaining, 0u, 0u);
-      for (var bin = 256u; bin > 0u; bin--) {
-        let weight = atomicLoad(&histogram[bin - 1u]);
-        if (weight >= found.y) { found.x = bin - 1u; break; }
-        found.y -= weight;
-      }
-    }
-    workgroupBarrier();
-    let step = workgroupUniformLoad(&found);
-    prefix |= step.x << shift;
-    mask |= 255u << shift;
-    remaining = step.y;
-  }
-  return vec2u(prefix, remaining);
-}
-
-/** One limit: by count where \`weighting.scale\` is 0, else by the share of the mass. */
-fn limit(row: u32, lane: Lane, kept: Threshold, weighting: Weighting, share: f32, count: u32) -> Threshold {
-  let bin = findBin(row, lane, kept, weighting, share, count);
-  // Fewer than wanted: all are kept.
-  if (bin.x == BINS) { return kept; }
-  let listed = collectBin(row, lane, bin.x, kept, weighting);
-  var result = vec2u();
-  if (listed <= THREADS) {
-    result = narrowList(lane, listed, bin.y, kept, weighting);
-  } else {
-    let wanted = select(count, max(1u, u32(ceil(max(share, 0.0) * f32(bin.z & 0xffffff00u)))), weighting.scale != 0.0);
-    result = narrowByDigits(row, lane, kept, weighting, wanted);
-  }
-  if (result.x == 0u) { return Threshold(0u, 0u); }
-  let weight = max(1u, weightOf(result.x, weighting));
-  return Threshold(result.x, (result.y + weight - 1u) / weight);
-}
-
-/** Limited rows of any kind. */
-fn drawByThreshold(row: u32, lane: Lane, request: Request, top: f32, inverse: f32, total: f32, random: u32) {
-  var kept = Threshold(0u, 0u);
-  var weighting = Weighting(top, inverse, 0.0);
-  var sum = total;
-  if (request.topK > 0u && request.topK < VOCABULARY) {
-    kept = limit(row, lane, kept, weighting, 1.0, request.topK);
-    var mine = 0.0;
-    for (var vector = lane.index; vector < VECTORS_OF_ROW; vector += THREADS) {
-      let keys = keys4(logits4(row, vector));
-      for (var part = 0u; part < 4u; part++) {
-        if (keys[part] > kept.key) { mine += expOf(keys[part], weighting); }
-      }
-    }
-    sum = sumAll(lane, mine) + f32(kept.ties) * expOf(max(kept.key, 1u), weighting);
-  }
-  weighting.scale = 2147483648.0 / sum;
-  if (request.topP < 1.0) { kept = limit(row, lane, kept, weighting, request.topP, 0u); }
-  drawInRow(row, lane, kept, weighting, random);
-}
-
-/** As \`drawIn\` over the whole row: first the part that holds the place, then the token inside it. */
-fn drawInRow(row: u32, lane: Lane, kept: Threshold, weighting: Weighting, random: u32) {
-  let parts = THREADS / lane.size;
-  let part = lane.index / lane.size;
-  let step = lane.size;
-  let each = (VECTORS_OF_ROW + parts * step - 1u) / (parts * step) * step;
-  var mine = vec2u();
-  for (var i = lane.inSubgroup; i < each; i += step) {
-    let keys = keys4(logits4(row, part * each + i));
-    for (var c = 0u; c < 4u; c++) {
-      if (keys[c] > kept.key) { mine.x += weightOf(keys[c], weighting); }
-      if (keys[c] == kept.key && keys[c] != 0u) { mine.y++; }
-    }
-  }
-  let partSum = subgroupAdd(mine);
-  workgroupBarrier();
-  if (lane.inSubgroup == 0u) { scans[part] = partSum; }
-  workgroupBarrier();
-  let tieWeight = weightOf(max(kept.key, 1u), weighting);
-  var mass = 0u;
-  for (var turn = 0u; turn < 2u; turn++) {
-    let place = multiplyHigh(random, mass);
-    var before = 0u;
-    var tiesBefore = 0u;
-    for (var other = 0u; other < parts; other++) {
-      let ties = min(kept.ties - tiesBefore, scans[other].y);
-      let here = scans[other].x + ties * tieWeight;
-      if (turn == 1u && lane.index == 0u && place >= before && place - before < here) {
-        found = vec4u(other, place - before, here, kept.ties - tiesBefore);
-      }
-      before += here;
-      tiesBefore += ties;
-    }
-    mass = before;
-  }
-  workgroupBarrier();
-  let place = workgroupUniformLoad(&found);
-  let begin = min(place.x * each * 4u, VOCABULARY);
-  // The fraction of the part's mass, such that multiplying by the mass gives the place back.
-  let fraction = u32(min((f32(place.y) + 0.5) / f32(place.z) * 4294967296.0, 4294967040.0));
-  drawIn(row, lane, begin, min(begin + each * 4u, VOCABULARY), Threshold(kept.key, place.w), weighting, fraction);
-}
-`;
-
 /** Needs the constants, workgroup variables and bindings that `sample-pick.wgsl.ts` writes before it. */
-export const SAMPLE_SEARCH_WGSL = `${SHARED_STEPS}${LIST}${THRESHOLD}`;
+export const SAMPLE_SEARCH_WGSL = `${SHARED_STEPS}${LIST}`;
