@@ -13,7 +13,8 @@ import {
   SUBGROUP_WGSL,
   subgroupCheck,
 } from "./self-test-features.ts";
-import { NORM_CHECK, SAMPLE_CHECK } from "./self-test-kernels.ts";
+import { NORM_CHECK } from "./self-test-kernels.ts";
+import { linearCheck } from "./self-test-layers.ts";
 
 /** The emulation as if the device had matrices. */
 const EMULATED = matrixCheckWgsl("emulated");
@@ -32,9 +33,15 @@ describe("self-test", () => {
   }
 
   test("a device that is right keeps everything", async () => {
-    const tested = await refused(SUBGROUP_CHECK, HALF_CHECK, matrixCheck(EMULATED), NORM_CHECK, SAMPLE_CHECK);
+    const tested = await refused(SUBGROUP_CHECK, HALF_CHECK, matrixCheck(EMULATED), NORM_CHECK);
     expect(tested.warnings).toEqual([]);
     expect(tested.gpu).toBe(gpu);
+  });
+
+  test("linear layers by matrices are right where the emulation is", async () => {
+    // Only a GPU lays weights out for matrices.
+    const hardware: Gpu = { ...gpu, profile: "hardware" };
+    expect(await selfTest(hardware, { checks: [linearCheck("emulated")] })).toBe(hardware);
   });
 
   test.each([

@@ -5,6 +5,7 @@
 import type { Gpu, GpuFeatures } from "./device.ts";
 import { HALF_CHECK, MATRIX_CHECK, SUBGROUP_CHECK } from "./self-test-features.ts";
 import { NORM_CHECK, SAMPLE_CHECK, SEAL_CHECK } from "./self-test-kernels.ts";
+import { DECODE_ATTENTION_CHECK, LINEAR_CHECK, PREFILL_ATTENTION_CHECK } from "./self-test-layers.ts";
 
 /** Features that a failed check turns off. */
 export type CheckedFeature = "shaderF16" | "subgroups" | "subgroupMatrix";
@@ -34,6 +35,9 @@ export const KERNEL_CHECKS: readonly KernelCheck[] = [
   NORM_CHECK,
   SAMPLE_CHECK,
   SEAL_CHECK,
+  LINEAR_CHECK,
+  DECODE_ATTENTION_CHECK,
+  PREFILL_ATTENTION_CHECK,
 ];
 
 export interface SelfTestOptions {
