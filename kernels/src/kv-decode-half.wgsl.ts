@@ -5,7 +5,7 @@
  */
 import { each, range } from "./kv-attention-template.ts";
 import { DECODE_LANES, type LaneExchange, laneDirectives, laneFunctions } from "./kv-decode-lanes.ts";
-import { DECODE_SPLIT_STEP, queryTiles } from "./kv-decode-packed.wgsl.ts";
+import { DECODE_SPLIT_STEP, queryTiles } from "./kv-decode-split.ts";
 import { KV_GROUP, type KvFormat, type KvShape } from "./kv-format.ts";
 import { kvPageLayout } from "./kv-layout.ts";
 import { type QueryRope, queryRopeWgsl } from "./kv-query-rope.wgsl.ts";

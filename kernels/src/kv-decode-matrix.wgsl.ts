@@ -10,8 +10,14 @@
  * registers (lane = token), and a segment of a few groups is finished before the next one: logits, maximum, p, output.
  */
 import { DECODE_MATRIX_THREADS } from "./kv-decode-matrix-dialect.ts";
-import { keyGroup, keyLoads, keyNames, keyVariables, loadQueries } from "./kv-decode-matrix-keys.wgsl.ts";
-import { type DecodeMatrixTemplate, FACTOR_FUNCTIONS, type Plan, planOf } from "./kv-decode-matrix-plan.ts";
+import { keyGroup, keyLoads, keyNames, keyVariables, loadQueries, takeKeys } from "./kv-decode-matrix-keys.wgsl.ts";
+import {
+  type DecodeMatrixModel,
+  type DecodeMatrixTemplate,
+  FACTOR_FUNCTIONS,
+  type Plan,
+  planOf,
+} from "./kv-decode-matrix-plan.ts";
 import {
   addOutputs,
   keepInRange,
@@ -22,12 +28,12 @@ import {
   valueLoads,
   valueVariables,
 } from "./kv-decode-matrix-values.wgsl.ts";
-import { DECODE_SPLIT_STEP } from "./kv-decode-packed.wgsl.ts";
+import { DECODE_SPLIT_STEP } from "./kv-decode-split.ts";
 import type { KvFormat, KvShape } from "./kv-format.ts";
 import { codesPerWord, kvPageLayout } from "./kv-layout.ts";
 import { queryRopeWgsl } from "./kv-query-rope.wgsl.ts";
 
-export type { DecodeMatrixTemplate } from "./kv-decode-matrix-plan.ts";
+export type { DecodeMatrixModel, DecodeMatrixTemplate, DecodeMatrixTuning } from "./kv-decode-matrix-plan.ts";
 
 /** Sealed tokens of one split that suit the kernel: fixed positions of the sequence. */
 export const DECODE_MATRIX_SPLIT_TOKENS = 512;
@@ -45,15 +51,27 @@ export function decodeMatrixSupports(format: KvFormat, shape: KvShape, heads: nu
   );
 }
 
+/** Most query heads of a workgroup: each costs 36 registers of accumulators, outputs and q at 128 channels. */
+const MOST_QUERIES = 4;
+
+/** The tuning that was fastest on an NVIDIA H200 (docs/decode-attention-matrix.md). */
+export function decodeMatrixTemplate(model: DecodeMatrixModel): DecodeMatrixTemplate {
+  const gqa = model.heads / model.shape.kvHeads;
+  const queries = Math.ceil(gqa / Math.ceil(gqa / MOST_QUERIES));
+  return { ...model, queries, keyChannels: 64, valueRounds: "halves" };
+}
+
 /** Workgroups in y: query tiles of all KV heads. */
 export function decodeMatrixTiles({ heads, shape, queries }: DecodeMatrixTemplate): number {
   return shape.kvHeads * Math.ceil(heads / shape.kvHeads / queries);
 }
 
 /** Where the lane stands: channels of the K meta, words of the V codes. */
-function lanePlaces({ template, parts, metaLanes, codes }: Plan): string {
+function lanePlaces(plan: Plan): string {
+  const { template, d, parts, metaLanes, codes } = plan;
   const perWord = codesPerWord(template.format.keyBits);
   const metaPerWord = perWord / 4;
+  const words = d / codesPerWord(template.format.valueBits);
   return `  let metaLane = lane & ${metaLanes - 1}u; let quadOf = metaLane / ${parts}u;
   let place = metaLane & ${metaPerWord - 1}u;
   let upper = (place & ${metaPerWord / 2}u) != 0u;
@@ -61,21 +79,22 @@ function lanePlaces({ template, parts, metaLanes, codes }: Plan): string {
   let channel = (metaLane / ${metaPerWord}u) * ${perWord}u + jCode;
   let jWord = ${metaPerWord === 4 ? "jCode" : "(metaLane & 2u) + jCode"};
   if (lane == 0u) { exceeded = 0u; }
-  let quad = lane >> 2u; let word = lane & 3u;
-  let valueAt = ${codes}u + ${valueLanePlace(template.format.valueBits)} + quad / 4u;`;
+  ${template.valueRounds === "halves" ? `let quad = lane / ${words}u * ${words / 4}u;` : "let quad = lane >> 2u;"} let word = lane & 3u;
+  let valueAt = ${codes}u + ${valueLanePlace(plan)} + quad / 4u;`;
 }
 
 function groups(plan: Plan): string {
   const { template } = plan;
   return `  ${keyVariables(plan)}
   ${valueVariables(plan)}
-  let placeFactor = ${placeFactor(template.format.valueBits)};
+  let placeFactor = ${placeFactor(plan)};
   ${keyNames(plan)
     .map((name) => `var n${name} = vec4u();`)
-    .join(" ")} ${template.format.rotated ? "var nNorm = 0u;" : ""}
+    .join(" ")} var nHead = 0u; var nGroup = 0u; ${template.format.rotated ? "var nNorm = 0u;" : ""}
 ${keyLoads(plan, "0u")}
   for (var g = 0u; g < count; g++) {
-${valueLoads(plan, "g")}
+${takeKeys(plan)}
+${valueLoads(plan)}
 ${keyGroup(plan)}
 ${keepInRange(plan)}
 ${valueGroup(plan)}

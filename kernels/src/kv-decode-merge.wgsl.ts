@@ -9,7 +9,7 @@
 import { type ActivationOutput, PACK_HALVES_WGSL } from "./half-output.wgsl.ts";
 import { each, range } from "./kv-attention-template.ts";
 import type { LaneExchange } from "./kv-decode-lanes.ts";
-import { queryTiles } from "./kv-decode-packed.wgsl.ts";
+import { queryTiles } from "./kv-decode-split.ts";
 import type { KvShape } from "./kv-format.ts";
 import { type QueryRope, queryRopeWgsl } from "./kv-query-rope.wgsl.ts";
 import { TO_HALF_WGSL } from "./kv-write.wgsl.ts";

@@ -3,7 +3,7 @@ import { readBuffer } from "./buffers.ts";
 import { type Gpu, openGpu } from "./device.ts";
 import { halfToFloat } from "./half.ts";
 import { type DecodeVariant, planSplits } from "./kv-decode.ts";
-import { queryTiles } from "./kv-decode-packed.wgsl.ts";
+import { queryTiles } from "./kv-decode-split.ts";
 import { kvFormat } from "./kv-format.ts";
 import type { KvKernelOptions } from "./kv-kernels.ts";
 import type { DecodeRow } from "./kv-steps.ts";
@@ -18,7 +18,8 @@ beforeAll(async () => {
 });
 afterAll(() => gpu.close());
 
-interface Case extends Partial<Pick<KvKernelOptions, "outputType" | "codeForm" | "numerics" | "ropeDim">> {
+interface Case
+  extends Partial<Pick<KvKernelOptions, "outputType" | "codeForm" | "numerics" | "ropeDim" | "unrolledDecode">> {
   readonly variant: DecodeVariant;
   readonly format: string;
   readonly headDim: number;
@@ -29,7 +30,8 @@ interface Case extends Partial<Pick<KvKernelOptions, "outputType" | "codeForm" |
 
 // Every format and head size, shared heads that do not divide into tiles, both forms of codes, both outputs.
 const CASES: readonly Case[] = [
-  { variant: "packed", format: "kivi2", headDim: 128, heads: 1, kvHeads: 1 },
+  { variant: "packed", format: "kivi2", headDim: 128, heads: 1, kvHeads: 1, unrolledDecode: true },
+  { variant: "packed", format: "kivi2r", headDim: 128, heads: 2, kvHeads: 1 },
   { variant: "packed", format: "kivi2", headDim: 64, heads: 1, kvHeads: 1, codeForm: "offset" },
   { variant: "packed", format: "kivi2r", headDim: 64, heads: 2, kvHeads: 2, outputType: "f16", blockTokens: 64 },
   { variant: "packed", format: "kivi4", headDim: 64, heads: 5, kvHeads: 1, ropeDim: 32 },

@@ -11,12 +11,9 @@ import { mergeAttentionWgsl, splitAttentionWgsl } from "./kv-attention.wgsl.ts";
 import { type AttentionTemplate, SPLIT_TOKENS } from "./kv-attention-template.ts";
 import { decodeHalfSupports, decodeHalfWgsl } from "./kv-decode-half.wgsl.ts";
 import { DECODE_MERGE_IMMEDIATES, decodeMergeSupports, decodeMergeWgsl } from "./kv-decode-merge.wgsl.ts";
-import {
-  DECODE_SPLIT_IMMEDIATES,
-  decodePackedSupports,
-  decodePackedWgsl,
-  queryTiles,
-} from "./kv-decode-packed.wgsl.ts";
+import { decodePackedWgsl } from "./kv-decode-packed.wgsl.ts";
+import { decodePackedSupports } from "./kv-decode-packed-plan.ts";
+import { DECODE_SPLIT_IMMEDIATES, queryTiles } from "./kv-decode-split.ts";
 import type { KvKernelOptions } from "./kv-kernels.ts";
 import type { DecodePlan } from "./kv-steps.ts";
 import { kvWriteWgsl, WRITE_THREADS } from "./kv-write.wgsl.ts";
@@ -151,7 +148,14 @@ async function createFused(common: Common, variant: "packed" | "half"): Promise<
   const splitCode =
     variant === "half"
       ? decodeHalfWgsl({ ...base, format, maxPages, queries: split.queries })
-      : decodePackedWgsl({ ...base, format, maxPages, queries: split.queries, form: codeForm });
+      : decodePackedWgsl({
+          ...base,
+          format,
+          maxPages,
+          queries: split.queries,
+          form: codeForm,
+          unrolled: options.unrolledDecode ?? false,
+        });
   const mergeCode = decodeMergeWgsl({ ...base, rotated: format.rotated, queries: merge.queries, output: outputType });
   const label = `kv decode ${format.name} ${variant}`;
   const [splitKernel, mergeKernel] = await Promise.all([

@@ -11,7 +11,7 @@ import type { Kernel } from "./kernel.ts";
 import { cachedKernel } from "./kernel-cache.ts";
 import { type AttentionTemplate, type LanePlan, SPLIT_TOKENS } from "./kv-attention-template.ts";
 import { createDecodeAttention, type DecodeAttention, type DecodeVariant } from "./kv-decode.ts";
-import type { CodeForm } from "./kv-decode-packed.wgsl.ts";
+import type { CodeForm } from "./kv-decode-packed-plan.ts";
 import { type KvFormat, type KvShape, validateKv } from "./kv-format.ts";
 import {
   choosePrefill,
@@ -67,6 +67,8 @@ export interface KvKernelOptions {
   readonly decodeVariant?: DecodeVariant;
   /** Overrides the kernel of prefill attention; for tests. */
   readonly prefillVariant?: PrefillVariant;
+  /** The packed decode kernel's text for GPUs also on software drivers, which compile it slowly; for tests. */
+  readonly unrolledDecode?: boolean;
   /** How the packed decode kernel reads codes. Default: subnormals; "offset" where a driver flushes them. */
   readonly codeForm?: CodeForm;
   /** Overrides how a workgroup makes its vectors; for tests of the variants that other devices get. */
