@@ -46,21 +46,13 @@ const CASES: readonly Case[] = [
     heads: 2,
     kvHeads: 2,
     plan: [16, 1, 1, 1],
-    loads: "early",
   },
   { format: "f16", headDim: 48, heads: 2, kvHeads: 1, plan: [16, 2, 2, 1], arithmetic: "f32" },
-  { format: "f16", headDim: 64, heads: 2, kvHeads: 2, plan: [32, 1, 2, 2], loads: "early", output: "f16" },
+  { format: "f16", headDim: 64, heads: 2, kvHeads: 2, plan: [32, 1, 2, 2], output: "f16" },
 ];
 
-const title = ({
-  format,
-  headDim,
-  heads,
-  kvHeads,
-  plan,
-  loads = "late",
-  output = "f32",
-}: Case) => `${format} D ${headDim} ${heads}/${kvHeads}, ${plan.join(" ")}, ${loads}, ${output}`;
+const title = ({ format, headDim, heads, kvHeads, plan, loads = "late", output = "f32" }: Case) =>
+  `${format} D ${headDim} ${heads}/${kvHeads}, ${plan.join(" ")}, ${loads}, ${output}`;
 
 interface Run {
   readonly chunks: readonly PrefillChunk[];

@@ -171,25 +171,11 @@ function weigh(context: Context, masked: boolean): string {
     total = fma(before, factor, sum);`;
 }
 
-/** The same statements for sealed tiles, which all queries see, and for the window's. */
-function eitherPhase({ template }: Context, text: (masked: boolean) => string): string {
-  // Software drivers compile one text faster than two; a device need not mask what all queries see.
-  if (template.dialect === "emulated") return `{ ${text(true)} }`;
-  return `if (isSealed) { ${text(false)} } else { ${text(true)} }`;
-}
-
-/** Softmax of tile t - 1 against the query's reference `top`; asks for the slow path where a logit exceeds it by too much. */
-function softmax(context: Context): string {
-  const { s } = context;
-  return `let firstToken = (t - 1u) * ${KEY_TILE}u;
-    if (t == 1u && (isSealed || sealed == 0u)) { ${largest(context, true)} top = best; }
-    before = total;
-    let factor = 1.0;
-    ${eitherPhase(
-      context,
-      (masked) => `${weigh(context, masked)}
-    if (max(max(most.x, most.y), max(most.z, most.w)) > top + ${HEADROOM}) { kv[${s.d / 8}u].x = 1u; }`,
-    )}`;
+/** Weights against the query's reference `top`; asks for the slow path where a logit exceeds it by too much. */
+function weights(context: Context, masked: boolean): string {
+  return `let factor = 1.0;
+    ${weigh(context, masked)}
+    if (max(max(most.x, most.y), max(most.z, most.w)) > top + ${HEADROOM}) { kv[${context.s.d / 8}u].x = 1u; }`;
 }
 
 /**
@@ -219,7 +205,6 @@ function rescue(context: Context): string {
       " ",
     );
   return `if (thread == 0u) { kv[${s.d / 8}u].x = 0u; }
-    let firstToken = (t - 1u) * ${KEY_TILE}u;
     var factor = 1.0;
     {
     ${largest(context, true)}
@@ -242,78 +227,70 @@ function rescue(context: Context): string {
     workgroupBarrier();`;
 }
 
-/** Text that brings tiles of keys, or of values, to workgroup memory: sealed in the first phase, else the window's. */
-interface TileStaging {
-  readonly declarations: string;
-  /** Statement: loads tile `tile` (text), or the last one. Nothing where `store` does it. */
-  load(tile: string): string;
-  store(tile: string): string;
-}
-
-function staging({ template, s }: Context, side: "key" | "value"): TileStaging {
-  const { format, shape, plan } = template;
+/** Where a tile of a side lies. Tile `index` (text): sealed, or of the window. */
+function locate({ template }: Context, side: "key" | "value", sealed: boolean, index: string): string {
+  const { format, shape } = template;
+  if (!sealed) return `let ${side}First = min(${index}, count - 1u) * ${KEY_TILE}u;`;
   const layout = kvPageLayout(format, shape);
   const groups = shape.blockTokens / KEY_TILE;
-  const base = side === "key" ? "0u" : `${KEY_TILE * s.rowVectors}u`;
-  const sealed = side === "key" ? sealedKeys(template, base) : sealedValues(template, base);
-  const window = windowRows(template, side, base);
-  const locateSealed = `let ${side}Start = pageTable[tile.w * ${template.maxPages}u + index / ${groups}u] * ${layout.page}u;
-    let ${side}Page = ${side}Start + kvHead * ${layout.head}u; let ${side}Group = index % ${groups}u;
+  return `let ${side}Tile = min(${index}, count - 1u);
+    let ${side}Start = pageTable[tile.w * ${template.maxPages}u + ${side}Tile / ${groups}u] * ${layout.page}u;
+    let ${side}Page = ${side}Start + kvHead * ${layout.head}u; let ${side}Group = ${side}Tile % ${groups}u;
     ${side === "key" && format.rotated ? `let keyNorms = keyStart + ${layout.norms}u;` : ""}`;
-  const locateWindow = `let ${side}First = index * ${KEY_TILE}u;`;
-  const early = plan.loads === "early";
+}
+
+/** Text that brings tiles to workgroup memory, for one phase: sealed or window. Tiles are texts. */
+function staging(context: Context, sealed: boolean) {
+  const { template, s } = context;
+  const values = `${KEY_TILE * s.rowVectors}u`;
+  const key = sealed ? sealedKeys(template, "0u") : windowRows(template, "key", "0u");
+  const value = sealed ? sealedValues(template, values) : windowRows(template, "value", values);
+  const early = template.plan.loads === "early";
+  const load = (side: "key" | "value", tile: string) =>
+    `${locate(context, side, sealed, tile)}\n${(side === "key" ? key : value).loads}`;
   return {
-    declarations: `${sealed.declarations}\n${window.declarations}`,
-    load: (tile) =>
-      early
-        ? `{ let index = min(${tile}, count - 1u);
-    if (isSealed) { ${locateSealed}
-${sealed.loads}
-    } else { ${locateWindow}
-${window.loads}
-    } }`
-        : "",
-    store: (tile) => `{ ${early ? "" : `let index = min(${tile}, count - 1u);`}
-    if (isSealed) { ${early ? "" : `${locateSealed}\n${sealed.loads}`}
-${sealed.stores}
-    } else { ${early ? "" : `${locateWindow}\n${window.loads}`}
-${window.stores}
-    } }`,
+    declarations: `${key.declarations}\n${value.declarations}`,
+    /** Loads that are issued early: none where stores do them. */
+    load: (keyTile: string, valueTile: string) => (early ? `${load("key", keyTile)}\n${load("value", valueTile)}` : ""),
+    storeKeys: (tile: string) => `${early ? "" : load("key", tile)}\n${key.stores}`,
+    storeValues: (tile: string) => `${early ? "" : load("value", tile)}\n${value.stores}`,
   };
 }
 
 /**
  * The loop over tiles of a phase. Step t: softmax of tile t - 1 beside the staging of its values and of the keys of t; then
- * output += weights * values of t - 1, and the logits of t.
+ * output += weights * values of t - 1, and the logits of t (at the end those of the last tile again, unused: a branch
+ * would keep the compiler from mixing both products).
  */
 function tileLoop(context: Context): string {
-  const { s } = context;
-  const keys = staging(context, "key");
-  const values = staging(context, "value");
-  return `${keys.declarations}
-${values.declarations}
-    ${keys.load("0u")}
-    ${values.load("0u")}
-    for (var t = 0u; t <= count; t++) {
+  const { s, template } = context;
+  const sealed = staging(context, true);
+  const window = staging(context, false);
+  const either = (text: (phase: typeof sealed, masked: boolean) => string) =>
+    `if (isSealed) { ${text(sealed, false)} } else { ${text(window, true)} }`;
+  const store = (phase: typeof sealed) => `${phase.storeKeys("t")} ${phase.storeValues("t - 1u")}`;
+  // Software drivers compile one softmax faster than two; a device need not mask what all queries see.
+  const vectors =
+    template.dialect === "emulated"
+      ? `{ ${weights(context, true)} } ${either(store)}`
+      : either((phase, masked) => `{ ${weights(context, masked)} } ${store(phase)}`);
+  return `${sealed.declarations}
+${window.declarations}
+    ${either((phase) => `{ ${phase.load("0u", "0u")} } { ${phase.storeKeys("0u")} } { ${phase.load("1u", "0u")} }`)}
     workgroupBarrier();
-    if (t > 0u) {
-    // softmax
-    ${softmax(context)}
-    // weights are there
-    }
-    // staging
-    ${keys.store("t")}
-    ${values.store("max(t, 1u) - 1u")}
-    // staged
+    ${logits(context)}
+    for (var t = 1u; t <= count; t++) {
+    workgroupBarrier();
+    let firstToken = (t - 1u) * ${KEY_TILE}u;
+    if (t == 1u && (isSealed || sealed == 0u)) { ${largest(context, true)} top = best; }
+    before = total;
+    ${vectors}
     if (workgroupUniformLoad(&kv[${s.d / 8}u]).x != 0u) {
     ${rescue(context)}
     }
-    ${keys.load("t + 1u")}
-    ${values.load("t")}
-    if (t > 0u) {
+    ${either((phase) => phase.load("t + 1u", "t"))}
     ${products(context)}
-    }
-    if (t < count) ${logits(context)}
+    ${logits(context)}
     }`;
 }
 
