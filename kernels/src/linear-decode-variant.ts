@@ -25,22 +25,36 @@ interface BoundedTile {
   readonly tile: MatrixDecodeTile;
 }
 
-/** Outputs from which tiles of 32 fill the GPU; below it narrower ones do. */
+/** Outputs from which wide tiles fill the GPU; below it narrower ones do. */
 const MANY_OUTPUTS = 8192;
 
-const SIXTEEN_ROWS: MatrixDecodeTile = { subgroupsM: 1, subgroupsN: 2, tilesM: 1, tilesN: 1, depth: 64, ahead: 1 };
-const SIXTEEN_ROWS_NARROW: MatrixDecodeTile = { ...SIXTEEN_ROWS, subgroupsN: 1, depth: 128 };
-const THIRTY_TWO_ROWS: MatrixDecodeTile = { subgroupsM: 1, subgroupsN: 1, tilesM: 2, tilesN: 2, depth: 64, ahead: 1 };
-const SIXTY_FOUR_ROWS: MatrixDecodeTile = { subgroupsM: 1, subgroupsN: 1, tilesM: 4, tilesN: 2, depth: 32, ahead: 1 };
-
-/** Measured on an H200: docs/decode-linear.md. */
-function deviceTiles(outputs: number): readonly BoundedTile[] {
-  return [
-    { rowsUpTo: 16, tile: outputs >= MANY_OUTPUTS ? SIXTEEN_ROWS : SIXTEEN_ROWS_NARROW },
-    { rowsUpTo: 32, tile: THIRTY_TWO_ROWS },
-    { rowsUpTo: Number.POSITIVE_INFINITY, tile: SIXTY_FOUR_ROWS },
-  ];
+function matrixTile(
+  subgroupsM: number,
+  subgroupsN: number,
+  tilesM: number,
+  tilesN: number,
+  depth: MatrixDecodeTile["depth"],
+): MatrixDecodeTile {
+  return { subgroupsM, subgroupsN, tilesM, tilesN, depth, ahead: 1 };
 }
+
+/**
+ * Measured on an H200: docs/decode-linear.md. A multiprocessor holds some 55 KB of workgroup memory, so few rows take
+ * small workgroups of which it holds several, and many rows take one large workgroup a multiprocessor.
+ */
+const WIDE_TILES: readonly BoundedTile[] = [
+  { rowsUpTo: 16, tile: { ...matrixTile(1, 1, 1, 2, 64), ahead: 2, apart: true } },
+  { rowsUpTo: 32, tile: matrixTile(2, 2, 1, 3, 64) },
+  { rowsUpTo: 64, tile: matrixTile(2, 2, 2, 3, 64) },
+  { rowsUpTo: Number.POSITIVE_INFINITY, tile: matrixTile(2, 2, 4, 3, 32) },
+];
+
+const NARROW_TILES: readonly BoundedTile[] = [
+  { rowsUpTo: 16, tile: { ...matrixTile(1, 1, 1, 1, 128), ahead: 2, apart: true } },
+  { rowsUpTo: 32, tile: matrixTile(2, 1, 1, 2, 128) },
+  { rowsUpTo: 64, tile: matrixTile(2, 2, 2, 1, 64) },
+  { rowsUpTo: Number.POSITIVE_INFINITY, tile: matrixTile(4, 1, 2, 2, 64) },
+];
 
 /** Small enough for software drivers to compile. */
 const EMULATED_TILES: readonly BoundedTile[] = [
@@ -72,25 +86,18 @@ function matrixVariant(gpu: Gpu, descriptor: LinearDescriptor, { rowsUpTo, tile 
   };
 }
 
-/** Rows of the largest vector kernel; matrices are faster from there on. */
-const VECTOR_ROWS = [1, 2] as const;
-
 /** Measured on an H200: docs/decode-linear.md. */
-function vectorTile(format: WeightFormat): VectorTile {
-  switch (format) {
-    case "q8":
-      return { outputs: 2, loads: 1, subgroups: 4 };
-    case "q4":
-      return { outputs: 2, loads: 1, subgroups: 4 };
-    default:
-      return { outputs: 2, loads: 2, subgroups: 4 };
-  }
+const VECTOR_TILE: VectorTile = { outputs: 2, loads: 2, subgroups: 4 };
+
+/** Rows that vector kernels are made for; from there on matrices are faster. */
+function vectorRows(format: WeightFormat): readonly number[] {
+  return format === "q8" || format === "q4" ? [1, 2] : [1];
 }
 
 function vectorVariant(gpu: Gpu, descriptor: LinearDescriptor, rows: number): BoundedVariant {
   const { weight, epilogue = "none" } = descriptor;
   const { encoding, rows: outputs, columns } = weight;
-  const tile = vectorTile(encoding.format);
+  const tile = VECTOR_TILE;
   const features = epilogue === "silu-mul" ? outputs / 2 : outputs;
   return {
     label: `linear vector ${encoding.format} ${encoding.scales} ${encoding.group} ${columns} to ${outputs} ${epilogue} x${rows}`,
@@ -119,8 +126,9 @@ export function linearDecodeVariants(
   many?: { readonly rows: number; readonly variant: LinearVariant },
 ): LinearVariants {
   const { weight, maxRows, numerics = "invariant", dialect = "device" } = descriptor;
-  const tiles = dialect === "emulated" ? EMULATED_TILES : deviceTiles(weight.rows);
-  const vectors = numerics === "fast" && gpu.features.subgroups ? VECTOR_ROWS : [];
+  const deviceTiles = weight.rows >= MANY_OUTPUTS ? WIDE_TILES : NARROW_TILES;
+  const tiles = dialect === "emulated" ? EMULATED_TILES : deviceTiles;
+  const vectors = numerics === "fast" && gpu.features.subgroups ? vectorRows(weight.format) : [];
   const bounded = [
     ...vectors.map((rows) => vectorVariant(gpu, descriptor, rows)),
     ...tiles.map((tile) => matrixVariant(gpu, descriptor, tile)),

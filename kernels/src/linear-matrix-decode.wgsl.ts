@@ -29,9 +29,10 @@ export interface MatrixDecodeTile {
   /** Steps that are in flight. */
   readonly ahead: number;
   /**
-   * Each subgroup stages for itself alone, and nothing waits for the others: a workgroup barrier also waits for what is
-   * in flight. Relies on a subgroup's stores coming before its own next matrix loads, so for `device` dialects that were
-   * tested to do so.
+   * The subgroup of each half stages for itself alone, and nothing waits for the other: a workgroup barrier would also
+   * wait for all that is in flight. Only for one subgroup a half (two would write the same lines), and only where the
+   * stores of a subgroup's threads come before its own next matrix loads, as on devices whose subgroups run in step; the
+   * start-up self-test checks it. Written out, barriers stay.
    */
   readonly apart?: boolean;
 }
@@ -246,7 +247,7 @@ function walk(options: MatrixDecodeOptions, unit: MatrixWeightUnit): string {
   const turns = Math.ceil(steps / ahead);
   const fetch = (set: number, column: string) => `${weights.fetch(set, column)}
       ${input.fetch(set, column)}`;
-  const barrier = tile.apart ? "" : "workgroupBarrier();";
+  const barrier = tile.apart && options.dialect.directives !== "" ? "" : "workgroupBarrier();";
   const step = (set: number) => `${barrier}
       ${weights.store(set, `column + ${set * depth}u`)}
       ${input.store(set, `column + ${set * depth}u`)}
@@ -344,6 +345,7 @@ export function linearMatrixDecodeWgsl(options: MatrixDecodeOptions): string {
   const { encoding, tile, epilogue, dialect, shaderF16 } = options;
   const { subgroupsM, subgroupsN, tilesM, tilesN, depth } = tile;
   const gated = epilogue === "silu-mul";
+  if (tile.apart && subgroupsM * subgroupsN !== 1) throw new RangeError("subgroups apart cannot share lines");
   const unit = matrixWeightUnit(encoding, shaderF16);
   const plane = subgroupsM * subgroupsN;
   const lines = lineVectors(tile);
