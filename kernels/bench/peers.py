@@ -224,7 +224,7 @@ def sample(rows, vocabulary):
         "top-p": top_p,
     }
     for way, run in ways.items():
-        report(f"sample {way} {rows}x{vocabulary}", with_logits(run), bytes=rows * vocabulary * 4)
+        report(f"sample {rows}x{vocabulary} {way}", with_logits(run), bytes=rows * vocabulary * 4)
 
 
 def elementwise(rows, hidden, feed_forward):

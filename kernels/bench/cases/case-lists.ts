@@ -10,10 +10,10 @@ import { sealCases } from "./seal.ts";
 
 export const CASE_LISTS: readonly CaseList[] = [
   decodeAttentionCases,
+  prefillAttentionCases,
+  sealCases,
+  samplingCases,
   decodeLinearCases,
   gemmCases,
-  prefillAttentionCases,
   elementwiseCases,
-  samplingCases,
-  sealCases,
 ];

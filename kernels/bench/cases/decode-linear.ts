@@ -32,22 +32,25 @@ const SKINNY_FLOOR = "≥ 2.2 TB/s";
 
 function fullShapes(): DecodeLinear[] {
   const modes = ["invariant", "fast"] as const;
-  const types = ["F16", "Q8_0", "Q4_0"] as const;
-  const vectors = types.flatMap((type) =>
-    [1, 2, 8].flatMap((rows) =>
-      modes.map((numerics) => ({ type, rows, ...LARGE, numerics, floor: VECTOR_FLOORS[type] })),
-    ),
+  const quantized = ["Q8_0", "Q4_0"] as const;
+  const few = [1, 2, 8].flatMap((rows) =>
+    modes.map((numerics) => ({ type: "F16", rows, ...LARGE, numerics, floor: VECTOR_FLOORS.F16 }) as const),
   );
   const skinny = [16, 64, 128].map((rows) => {
     return { type: "F16", rows, ...LARGE, numerics: "invariant", floor: SKINNY_FLOOR } as const;
   });
-  const quantized = (["Q8_0", "Q4_0"] as const).map((type) => {
-    return { type, rows: 64, ...LARGE, numerics: "invariant" } as const;
+  const packed = quantized.flatMap((type) => {
+    const floor = VECTOR_FLOORS[type];
+    return [
+      ...modes.map((numerics) => ({ type, rows: 1, ...LARGE, numerics, floor })),
+      { type, rows: 8, ...LARGE, numerics: "invariant", floor } as const,
+      { type, rows: 64, ...LARGE, numerics: "invariant" } as const,
+    ];
   });
-  const small = types.flatMap((type) =>
-    [1, 8].flatMap((rows) => modes.map((numerics) => ({ type, rows, ...SMALL, numerics }))),
+  const small = (["F16", ...quantized] as const).flatMap((type) =>
+    modes.map((numerics) => ({ type, rows: 1, ...SMALL, numerics })),
   );
-  return [...vectors, ...skinny, ...quantized, ...small];
+  return [...few, ...skinny, ...packed, ...small, { type: "F16", rows: 8, ...SMALL, numerics: "invariant" }];
 }
 
 const TINY: readonly DecodeLinear[] = [

@@ -92,8 +92,8 @@ export const samplingCases: CaseList = (size) => {
   const floor = "≤ 60 µs";
   return [
     sampleCase("greedy", 64, 128256, { floor, peer: "sample 64x128256 greedy" }),
-    sampleCase("temperature", 64, 128256, { floor }),
-    sampleCase("top-k 40, top-p 0.95", 64, 128256, { floor }),
+    sampleCase("temperature", 64, 128256, { floor, peer: "sample 64x128256 temperature" }),
+    sampleCase("top-k 40, top-p 0.95", 64, 128256, { floor, peer: "sample 64x128256 top-k" }),
     sampleCase("top-p 0.95", 64, 128256, { floor, peer: "sample 64x128256 top-p" }),
     sampleCase("greedy", 1000, 32000),
     sampleCase("temperature", 1000, 32000),
