@@ -3,7 +3,7 @@ import { type EngineConfig, type LoadedModel, loadModel, type Numerics } from "@
 import { openSession } from "./engine-session.ts";
 import { memoryBreakdown } from "./memory-breakdown.ts";
 import { type Budgeted, budgetedConfig } from "./memory-budget.ts";
-import { measureThroughput } from "./throughput.ts";
+import { measureThroughput, type ThroughputProgress } from "./throughput.ts";
 import type { ThroughputRow } from "./throughput-report.ts";
 import type { Workload } from "./workload.ts";
 
@@ -30,6 +30,8 @@ export interface TrialOptions {
   readonly memory?: number | undefined;
   /** Measures so long in steady state; undefined: the whole workload. */
   readonly seconds?: number | undefined;
+  /** Of a whole workload, once a second. */
+  readonly onProgress?: ThroughputProgress | undefined;
 }
 
 export function openChosenModel({ modelPath, dummyArchitecture = "" }: ModelChoice): Promise<LoadedModel> {
@@ -73,7 +75,7 @@ export async function runTrial(trial: Trial, options: TrialOptions): Promise<Thr
     if (memory !== undefined && total > memory) {
       throw new RangeError(`the engine took ${total} bytes of GPU memory, over the budget of ${memory}`);
     }
-    const result = await measureThroughput(session, trial.workload, seconds);
+    const result = await measureThroughput(session, trial.workload, seconds, options.onProgress);
     return {
       device: session.runner.device.name,
       model: source.modelName ?? session.model.name,

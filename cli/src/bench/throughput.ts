@@ -88,8 +88,17 @@ function summary(session: EngineSession, arrivals: Arrivals, measured: "whole" |
 /** Requests of one session must not share ids: an aborted id stays aborted. */
 let runs = 0;
 
+/** Output tokens so far, and seconds since the start. */
+export type ThroughputProgress = (tokens: number, seconds: number) => void;
+
+const PROGRESS_MILLISECONDS = 1000;
+
 /** All requests at once; until the last one ends. */
-async function runWhole(session: EngineSession, workload: Workload): Promise<ThroughputResult> {
+async function runWhole(
+  session: EngineSession,
+  workload: Workload,
+  onProgress: ThroughputProgress,
+): Promise<ThroughputResult> {
   const { requests, promptTokens, outputTokens } = workload;
   const { vocabulary } = session.runner.limits;
   const prompts = Array.from({ length: requests }, (_, index) => benchPrompt(index + 1, promptTokens, vocabulary));
@@ -110,7 +119,12 @@ async function runWhole(session: EngineSession, workload: Workload): Promise<Thr
         });
       }),
   );
-  await Promise.race([Promise.all(ended), session.failure]);
+  const progress = setInterval(() => onProgress(arrivals.tokens, arrivals.seconds), PROGRESS_MILLISECONDS);
+  try {
+    await Promise.race([Promise.all(ended), session.failure]);
+  } finally {
+    clearInterval(progress);
+  }
   return { workload: workloadName(workload), ...summary(session, arrivals, "whole", preemptions) };
 }
 
@@ -180,11 +194,15 @@ async function runSteady(session: EngineSession, workload: Workload, seconds: nu
   return result;
 }
 
-/** @param seconds measures so long in steady state; undefined: the whole workload. */
+/**
+ * @param seconds measures so long in steady state; undefined: the whole workload.
+ * @param onProgress of a whole workload, once a second.
+ */
 export function measureThroughput(
   session: EngineSession,
   workload: Workload,
   seconds: number | undefined,
+  onProgress: ThroughputProgress = () => undefined,
 ): Promise<ThroughputResult> {
-  return seconds === undefined ? runWhole(session, workload) : runSteady(session, workload, seconds);
+  return seconds === undefined ? runWhole(session, workload, onProgress) : runSteady(session, workload, seconds);
 }

@@ -15,6 +15,7 @@ import {
   modelConfig,
 } from "../common-options.ts";
 import { bytes, decimal, listOf, oneOf, option } from "../option-values.ts";
+import { countProgress } from "../progress-bar.ts";
 import { UsageError } from "../usage-error.ts";
 import { type CommandContext, EXIT } from "./command-context.ts";
 
@@ -90,17 +91,23 @@ async function runThroughputBench(options: ThroughputOptions, context: CommandCo
   const { kvFormat: _formats, numerics: _modes, memory, seconds, ...rest } = options;
   const engine = engineConfig(rest);
   for (const trial of trialsOf(options)) {
-    const row = await runTrial(trial, { source, engine, memory, seconds }).catch((error: unknown): FailedRow => {
-      const { kvFormat, numerics } = trial;
-      const name = {
-        model: source.modelName ?? options.model,
-        workload: workloadName(trial.workload),
-        kvFormat,
-        numerics,
-      };
-      const budget = options.memory === undefined ? {} : { memoryBytes: options.memory };
-      return { ...name, ...budget, error: error instanceof Error ? error.message : String(error) };
-    });
+    const { requests, outputTokens } = trial.workload;
+    const bar = countProgress(`${trial.kvFormat} ${workloadName(trial.workload)}: tokens`, requests * outputTokens);
+    const onProgress = (tokens: number) => bar.update(tokens);
+    const row = await runTrial(trial, { source, engine, memory, seconds, onProgress }).catch(
+      (error: unknown): FailedRow => {
+        const { kvFormat, numerics } = trial;
+        const name = {
+          model: source.modelName ?? options.model,
+          workload: workloadName(trial.workload),
+          kvFormat,
+          numerics,
+        };
+        const budget = options.memory === undefined ? {} : { memoryBytes: options.memory };
+        return { ...name, ...budget, error: error instanceof Error ? error.message : String(error) };
+      },
+    );
+    bar.stop();
     rows.push(row);
     output.notice(throughputTable([row]).split("\n")[1] ?? "");
   }
