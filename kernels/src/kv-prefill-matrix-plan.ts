@@ -17,8 +17,11 @@ export interface PrefillMatrixPlan {
   readonly columnGroups: number;
   /** Where the queries stay: as matrices in registers (device only), or in workgroup memory. */
   readonly queries: "registers" | "shared";
-  /** When the words to stage are loaded: before the products, or where they are unpacked. */
-  readonly loads: "early" | "late";
+  /**
+   * When the words to stage are loaded: before the products, or where they are unpacked; mixed: codes before the products,
+   * keys' scales (four times the registers) before the softmax.
+   */
+  readonly loads: "early" | "mixed" | "late";
 }
 
 /**

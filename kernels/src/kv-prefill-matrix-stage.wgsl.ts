@@ -8,10 +8,12 @@ import type { KvBits } from "./kv-format.ts";
 import { kvPageLayout } from "./kv-layout.ts";
 import { KEY_TILE, type PrefillMatrixTemplate, prefillMatrixSizes } from "./kv-prefill-matrix-plan.ts";
 
-/** Text of three parts: variables (once, before the loop), loads into them, and stores of what they hold. */
+/** Text of parts: variables (once, before the loop), loads into them, and stores of what they hold. */
 export interface Staging {
   readonly declarations: string;
   readonly loads: string;
+  /** Loads of scales and zeros, where they are not among `loads`. */
+  readonly metaLoads?: string;
   readonly stores: string;
 }
 
@@ -162,7 +164,8 @@ function packedKeys(template: PrefillMatrixTemplate, base: string, bits: 2 | 4):
     declarations: `${task.declarations}
 ${each(sets, (set) => each(metaVectors, (k) => `  var keyMeta${set}_${k} = ${ZERO};`, ""))}
 ${each(task.rounds, (j) => `  var key${j} = 0u; ${format.rotated ? `var norm${j} = 0u;` : ""}`)}`,
-    loads: `${metaLoads}\n${each(task.rounds, load)}`,
+    loads: template.plan.loads === "mixed" ? each(task.rounds, load) : `${metaLoads}\n${each(task.rounds, load)}`,
+    ...(template.plan.loads === "mixed" ? { metaLoads } : {}),
     stores: `${pairs}\n    ${each(task.rounds, store)}`,
   });
 }

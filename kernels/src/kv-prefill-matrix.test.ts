@@ -4,7 +4,12 @@ import { type Gpu, openGpu } from "./device.ts";
 import { cachedKernel } from "./kernel-cache.ts";
 import { kvFormat } from "./kv-format.ts";
 import { prefillMatrixWgsl } from "./kv-prefill-matrix.wgsl.ts";
-import { type PrefillMatrixPlan, prefillMatrixSizes } from "./kv-prefill-matrix-plan.ts";
+import {
+  type PrefillMatrixPlan,
+  planPrefillMatrix,
+  prefillMatrixMemory,
+  prefillMatrixSizes,
+} from "./kv-prefill-matrix-plan.ts";
 import type { PrefillChunk } from "./kv-steps.ts";
 import { assertSameBits, compareArrays } from "./testing/comparison.ts";
 import { assertNoPoison } from "./testing/poison.ts";
@@ -39,7 +44,7 @@ const CASES: readonly Case[] = [
   { format: "kivi2", headDim: 96, heads: 1, kvHeads: 1, plan: [16, 1, 1, 1], output: "f16" },
   { format: "kivi4", headDim: 32, heads: 4, kvHeads: 1, plan: [16, 4, 4, 2] },
   { format: "kivi-k4v2r", headDim: 32, heads: 2, kvHeads: 2, plan: [32, 1, 2, 2] },
-  { format: "kivi-k4v2", headDim: 32, heads: 2, kvHeads: 2, plan: [32, 1, 1, 1], loads: "early" },
+  { format: "kivi-k4v2", headDim: 32, heads: 2, kvHeads: 2, plan: [32, 1, 1, 1], loads: "mixed" },
   {
     format: "kivi-k2v4",
     headDim: 32,
@@ -200,4 +205,30 @@ test("plans that do not fit are refused", () => {
   expect(() => sizes({ tileRows: 40 })).toThrow(/rowGroups is 1.25/);
   expect(() => sizes({ rowBlocks: 1, columnGroups: 4 })).toThrow(/keyBlocks is 0.5/);
   expect(() => sizes({}, 72)).toThrow(/not a multiple of 16/);
+});
+
+test("the plan of a model fits its heads, its windows and 48 KiB", () => {
+  const cases: readonly (readonly [number, number, number, number, readonly [number, number] | undefined])[] = [
+    [32, 8, 128, 128, [32, 4]],
+    [32, 32, 128, 128, [128, 1]],
+    [32, 32, 128, 32, [32, 1]],
+    [32, 8, 128, 64, [32, 4]],
+    [64, 8, 128, 128, [16, 8]],
+    [9, 3, 64, 128, [64, 1]],
+    [6, 2, 96, 128, [128, 1]],
+    [8, 8, 80, 128, undefined],
+    [8, 8, 256, 128, undefined],
+  ];
+  for (const [heads, kvHeads, headDim, window, expected] of cases) {
+    const shape = { layers: 1, kvHeads, headDim, blockTokens: 32, residualTokens: window };
+    for (const dialect of ["device", "emulated"] as const) {
+      const plan = planPrefillMatrix(shape, heads, dialect);
+      expect(plan && [plan.tileRows, plan.queryHeads]).toEqual(expected);
+      if (plan === undefined) continue;
+      const rest = { maxPages: 1, scale: 1, dialect, arithmetic: "f16", output: "f16" } as const;
+      const template = { format: kvFormat("kivi2"), shape, heads, plan, ...rest };
+      expect(prefillMatrixSizes(template).threads).toBe(2 * plan.tileRows * plan.queryHeads);
+      if (dialect === "device") expect(prefillMatrixMemory(template)).toBeLessThanOrEqual(48 * 1024);
+    }
+  }
 });

@@ -34,6 +34,14 @@ interface Context {
   readonly s: PrefillMatrixSizes;
   readonly dialect: MatrixDialect;
   readonly registers: boolean;
+  /** What the text is for: sealed tokens, the window's, or (where the text is written once) either. */
+  readonly phase: "sealed" | "window" | "either";
+}
+
+/** Statements of one phase or the other, by the value `isSealed` where the text serves both. */
+function inPhase({ phase }: Context, sealed: string, window: string): string {
+  if (phase !== "either") return `{ ${phase === "sealed" ? sealed : window} }`;
+  return `if (isSealed) { ${sealed} } else { ${window} }`;
 }
 
 /** Statement: `sum` is read back from where `storeVectors` put it. */
@@ -245,13 +253,15 @@ function staging(context: Context, sealed: boolean) {
   const values = `${KEY_TILE * s.rowVectors}u`;
   const key = sealed ? sealedKeys(template, "0u") : windowRows(template, "key", "0u");
   const value = sealed ? sealedValues(template, values) : windowRows(template, "value", values);
-  const early = template.plan.loads === "early";
+  const early = template.plan.loads !== "late";
   const load = (side: "key" | "value", tile: string) =>
     `${locate(context, side, sealed, tile)}\n${(side === "key" ? key : value).loads}`;
   return {
     declarations: `${key.declarations}\n${value.declarations}`,
     /** Loads that are issued early: none where stores do them. */
     load: (keyTile: string, valueTile: string) => (early ? `${load("key", keyTile)}\n${load("value", valueTile)}` : ""),
+    loadMeta: (tile: string) =>
+      key.metaLoads === undefined ? "" : `${locate(context, "key", sealed, tile)}\n${key.metaLoads}`,
     storeKeys: (tile: string) => `${early ? "" : load("key", tile)}\n${key.stores}`,
     storeValues: (tile: string) => `${early ? "" : load("value", tile)}\n${value.stores}`,
   };
@@ -263,20 +273,19 @@ function staging(context: Context, sealed: boolean) {
  * would keep the compiler from mixing both products).
  */
 function tileLoop(context: Context): string {
-  const { s, template } = context;
+  const { s } = context;
   const sealed = staging(context, true);
   const window = staging(context, false);
   const either = (text: (phase: typeof sealed, masked: boolean) => string) =>
-    `if (isSealed) { ${text(sealed, false)} } else { ${text(window, true)} }`;
+    inPhase(context, text(sealed, false), text(window, true));
   const store = (phase: typeof sealed) => `${phase.storeKeys("t")} ${phase.storeValues("t - 1u")}`;
-  // Software drivers compile one softmax faster than two; a device need not mask what all queries see.
+  // One text compiles faster than two on software drivers; a device need not mask what all queries see.
   const vectors =
-    template.dialect === "emulated"
-      ? `{ ${weights(context, true)} } ${either(store)}`
-      : either((phase, masked) => `{ ${weights(context, masked)} } ${store(phase)}`);
-  return `${sealed.declarations}
-${window.declarations}
-    ${either((phase) => `{ ${phase.load("0u", "0u")} } { ${phase.storeKeys("0u")} } { ${phase.load("1u", "0u")} }`)}
+    context.phase === "either"
+      ? `{ ${weights(context, true)} } ${either((phase) => `${phase.loadMeta("t")} ${store(phase)}`)}`
+      : either((phase, masked) => `${phase.loadMeta("t")} { ${weights(context, masked)} } ${store(phase)}`);
+  return `${context.phase === "either" ? `${sealed.declarations}\n${window.declarations}` : (context.phase === "sealed" ? sealed : window).declarations}
+    ${either((phase) => `{ ${phase.load("0u", "0u")} } { ${phase.loadMeta("0u")} ${phase.storeKeys("0u")} } { ${phase.load("1u", "0u")} }`)}
     workgroupBarrier();
     ${logits(context)}
     for (var t = 1u; t <= count; t++) {
@@ -295,7 +304,8 @@ ${window.declarations}
 }
 
 /** Queries as f16 rows, in rounds of a subgroup's rows: to `queries`, or through `kv` into registers. */
-function loadQueries({ template, s, dialect, registers }: Context): string {
+function loadQueries(context: Context): string {
+  const { template, s, dialect, registers } = context;
   const { rowBlocks } = template.plan;
   const target = registers ? "kv[q" : `queries[(g * ${s.groupRows}u + q)`;
   const value = (k: number) =>
@@ -323,7 +333,7 @@ function loadQueries({ template, s, dialect, registers }: Context): string {
       let q = i / ${s.d / 4}u; let v = i % ${s.d / 4}u;
       board[q * ${s.boardVectors}u + v] = vec4f(${each(4, value, ", ")});
     }
-    ${template.format.rotated ? "if (isSealed) { rotateRows(thread); }" : ""}
+    ${template.format.rotated ? inPhase(context, "rotateRows(thread);", "") : ""}
     workgroupBarrier();
     for (var i = thread; i < ${(s.groupRows * s.d) / 8}u * params.one; i += ${s.threads}u) {
       let q = i / ${s.d / 8}u; let v = i % ${s.d / 8}u;
@@ -444,15 +454,29 @@ ${template.format.rotated ? rotateRows(s) : ""}`;
 /** Sealed tokens in the first phase, the window's in the second. */
 function phases(context: Context): string {
   const { template, s } = context;
-  return `  for (var phase = 0u; phase < 2u * params.one; phase++) {
+  const sealedTiles = `sealed / ${KEY_TILE}u`;
+  const windowTiles = `last / ${KEY_TILE}u + 1u`;
+  const own = `inWindow + (thread / ${s.rowThreads}u) % ${template.plan.tileRows}u`;
+  const body = (part: Context) => `
+${loadQueries(part)}
+${tileLoop(part)}
+    ${template.format.rotated ? inPhase(part, unrotate(part), "") : ""}`;
+  if (template.plan.loads === "late") {
+    return `  for (var phase = 0u; phase < 2u * params.one; phase++) {
     let isSealed = phase == 0u;
-    let count = select(last / ${KEY_TILE}u + 1u, sealed / ${KEY_TILE}u, isSealed);
-    let see = select(inWindow + (thread / ${s.rowThreads}u) % ${template.plan.tileRows}u, 0xffffffffu, isSealed);
-    if (count > 0u) {
-${loadQueries(context)}
-${tileLoop(context)}
-    ${template.format.rotated ? `if (isSealed) { ${unrotate(context)} }` : ""}
-    }
+    let count = select(${windowTiles}, ${sealedTiles}, isSealed);
+    let see = select(${own}, 0xffffffffu, isSealed);
+    if (count > 0u) { ${body(context)} }
+  }`;
+  }
+  // Written twice, so that words loaded ahead take registers in one phase only.
+  return `  if (sealed > 0u) {
+    let count = ${sealedTiles}; let see = 0xffffffffu; const isSealed = true;
+    ${body({ ...context, phase: "sealed" })}
+  }
+  {
+    let count = ${windowTiles}; let see = ${own}; const isSealed = false;
+    ${body({ ...context, phase: "window" })}
   }`;
 }
 
@@ -464,7 +488,7 @@ export function prefillMatrixWgsl(template: PrefillMatrixTemplate): string {
   const s = prefillMatrixSizes(template);
   const dialect = matrixDialect(template.dialect);
   const registers = template.plan.queries === "registers";
-  const context: Context = { template, s, dialect, registers };
+  const context: Context = { template, s, dialect, registers, phase: "either" };
   const { plan, heads, shape } = template;
   const headGroups = heads / plan.queryHeads;
   const needsHalf = template.arithmetic === "f16" && template.dialect === "emulated";
