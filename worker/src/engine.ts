@@ -211,8 +211,7 @@ export class Engine {
       table: this.#table,
       pool: this.#pool,
       intake: this.#intake,
-      atMost: this.#limits.maxSequences,
-      blockTokens: this.#limits.blockTokens,
+      limits: this.#limits,
       prefillTokensPerSecond: this.#counters.prefillRate.value,
     });
     const roomy = pipeline.length < this.#options.submitsInFlight;

@@ -8,18 +8,16 @@ export interface QueuedExamination {
   readonly table: SequenceTable;
   readonly pool: PagePool;
   readonly intake: PrefixIntake | undefined;
-  /** Sequences to look at: few more than can run, whose blocks are fetched meanwhile. */
-  readonly atMost: number;
-  readonly blockTokens: number;
+  readonly limits: { readonly maxSequences: number; readonly blockTokens: number };
   readonly prefillTokensPerSecond: number;
 }
 
-/** Looks at the waiting sequences, those queued first before the others. */
+/** Looks at the waiting sequences, those queued first before the others: few more than can run. */
 export function examineQueued(examination: QueuedExamination): void {
-  const { table, pool, intake, atMost, prefillTokensPerSecond } = examination;
+  const { table, pool, intake, limits, prefillTokensPerSecond } = examination;
   let examined = 0;
   for (const sequence of table.waiting) {
-    if (examined >= atMost) return;
+    if (examined >= limits.maxSequences) return;
     examined += 1;
     if (sequence.state !== "queued") continue;
     const ids = sequence.shareableIds();
@@ -30,10 +28,10 @@ export function examineQueued(examination: QueuedExamination): void {
   }
 }
 
-function computing({ table, blockTokens }: QueuedExamination, id: string): boolean {
+function computing({ table, limits }: QueuedExamination, id: string): boolean {
   return table.running.some((sequence: Sequence) => {
     if (!sequence.prefilling) return false;
     const shareable = sequence.chain.ids(sequence.tokens, sequence.shareableBlocks());
-    return shareable.indexOf(id, sequence.computed / blockTokens) >= 0;
+    return shareable.indexOf(id, sequence.computed / limits.blockTokens) >= 0;
   });
 }
