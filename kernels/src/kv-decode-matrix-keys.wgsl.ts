@@ -49,13 +49,15 @@ export const keyNames = ({ template, d }: Plan): readonly string[] => [
 export function keyLoads({ template, d }: Plan, g: string): string {
   const words = d / codesPerWord(template.format.keyBits);
   const layout = kvPageLayout(template.format, template.shape);
-  return `    { let page = laneRead(pageId, ${g}, lane); let group = (first + ${g}) % ${template.shape.blockTokens / 32}u;
-      let head = pageStart(page, kvHead); let codes = head + ${layout.keyCodes / 4}u + group * ${words * 8}u + lane;
+  return `    { // Lane i knows the page of the i-th of 32 groups.
+      if ((${g} & 31u) == 0u) { pageId = pageTable[slot * ${template.maxPages}u + (first + min(${g} + lane, count - 1u)) / ${template.shape.blockTokens / 32}u]; }
+      let page = laneRead(pageId, ${g} & 31u, lane); nGroup = (first + ${g}) % ${template.shape.blockTokens / 32}u;
+      nHead = pageStart(page, kvHead); let codes = nHead + ${layout.keyCodes / 4}u + nGroup * ${words * 8}u + lane;
       ${each(words / 4, (c) => `nCode${c} = pages[codes + ${c * 32}u];`, " ")}
-      nMeta = pages[head + ${layout.keyMeta / 4}u + group * ${d / 4}u + metaLane];
-      nPartner = pages[head + ${layout.keyMeta / 4}u + group * ${d / 4}u + (metaLane ^ ${codesPerWord(template.format.keyBits) / 8}u)];
-      nValue = pages[head + ${layout.valueMeta / 4}u + group * ${d / 4}u + metaLane];
-      ${template.format.rotated ? "nNorm = normWord(page, group * 16u + lane / 2u);" : ""} }`;
+      let keyMeta = nHead + ${layout.keyMeta / 4}u + nGroup * ${d / 4}u;
+      nMeta = pages[keyMeta + metaLane]; nPartner = pages[keyMeta + (metaLane ^ ${codesPerWord(template.format.keyBits) / 8}u)];
+      nValue = pages[nHead + ${layout.valueMeta / 4}u + nGroup * ${d / 4}u + metaLane];
+      ${template.format.rotated ? "nNorm = normWord(page, nGroup * 16u + lane / 2u);" : ""} }`;
 }
 
 /** The lane's token of K codes of one round, a byte each, to workgroup memory. */
@@ -104,6 +106,12 @@ function foldQueries(plan: Plan): string {
     ${zeroSums.join("\n    ")}`;
 }
 
+/** Statements: the loaded group becomes the current one. */
+export const takeKeys = (plan: Plan) =>
+  `    let kHead = nHead; let kGroup = nGroup; ${keyNames(plan)
+    .map((name) => `let k${name} = n${name};`)
+    .join(" ")} ${plan.template.format.rotated ? "let kNorm = nNorm;" : ""}`;
+
 /** What the queries' folds need from group to group. */
 export const keyVariables = ({ queries }: Plan) =>
   each(queries, (r) => `var most${r} = 1.0e-30; var inverse${r} = 0.0;`, " ");
@@ -113,10 +121,7 @@ export function keyGroup(plan: Plan): string {
   const { template, d, queries, tiles, keyStride, queryStride, factors, codes, zeros, dialect } = plan;
   const { rotated } = template.format;
   const perRound = template.keyChannels / 32;
-  return `    ${keyNames(plan)
-    .map((name) => `let k${name} = n${name};`)
-    .join(" ")} ${rotated ? "let kNorm = nNorm;" : ""}
-    let following = min(g + 1u, count - 1u);
+  return `    let following = min(g + 1u, count - 1u);
 ${keyLoads(plan, "following")}
     ${storeKeys(plan, 0)}
 ${foldQueries(plan)}

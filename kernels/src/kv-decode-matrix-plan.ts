@@ -9,20 +9,29 @@ import {
 import { KV_GROUP, type KvFormat, type KvShape } from "./kv-format.ts";
 import type { QueryRope } from "./kv-query-rope.wgsl.ts";
 
-export interface DecodeMatrixTemplate extends QueryRope {
+/** What a model's kernel is made for. */
+export interface DecodeMatrixModel extends QueryRope {
   readonly format: KvFormat;
   readonly shape: KvShape;
   /** Query heads: a multiple of shape.kvHeads. */
   readonly heads: number;
-  /** Query heads of one workgroup, at most heads / kvHeads. */
-  readonly queries: number;
   readonly maxPages: number;
   /** Factor of the logits. */
   readonly scale: number;
   readonly dialect: "device" | "emulated";
+}
+
+/** How the kernel goes about it: the same results up to rounding. */
+export interface DecodeMatrixTuning {
+  /** Query heads of one workgroup, at most heads / kvHeads. */
+  readonly queries: number;
   /** Channels of K that are staged at once: 32 or 64. */
   readonly keyChannels: 32 | 64;
+  /** Codes of V that are staged at once: two parts of a load, or halves of the channels of all parts. */
+  readonly valueRounds: "pairs" | "halves";
 }
+
+export interface DecodeMatrixTemplate extends DecodeMatrixModel, DecodeMatrixTuning {}
 
 /** Largest folded query as an integer: leaves room for the borrow of signed low bytes. */
 export const QUERY_LIMIT = 32000;
@@ -78,7 +87,12 @@ export function planOf(template: DecodeMatrixTemplate): Plan {
   const weightPart = tiles * FACTOR_LINES * WEIGHT_STRIDE + 2;
   const sumSize = tiles * 32 * SUM_STRIDE;
   const codes = 0;
-  const factors = Math.max(32 * keyStride, 2 * VALUE_TILE, sumSize, queries * 8);
+  const factors = Math.max(
+    32 * keyStride,
+    (template.valueRounds === "halves" ? parts : 2) * VALUE_TILE,
+    sumSize,
+    queries * 8,
+  );
   const zeros = factors + Math.max(tiles * FACTOR_LINES * queryStride, parts * weightPart);
   const stagedSize = zeros + 2 * Math.ceil(queries / 4);
   const partsAtOnce = 2 ** Math.floor(Math.log2(Math.min(parts, zeros / sumSize)));

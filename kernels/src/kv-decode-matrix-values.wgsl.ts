@@ -3,6 +3,7 @@ import { each, range } from "./kv-attention-template.ts";
 import { FACTOR_LINES } from "./kv-decode-matrix-dialect.ts";
 import {
   CODE_STRIDE,
+  type DecodeMatrixTemplate,
   type Plan,
   placeOf,
   SUM_STRIDE,
@@ -18,6 +19,9 @@ import {
 import { KV_GROUP } from "./kv-format.ts";
 import { codesPerWord, kvPageLayout } from "./kv-layout.ts";
 
+const quads = ({ valueRounds }: DecodeMatrixTemplate) => valueRounds === "halves";
+const loadWords = ({ shape, format }: DecodeMatrixTemplate) => shape.headDim / codesPerWord(format.valueBits);
+
 /** Vec4 loads of a lane for a group of V codes: each is four words of 8 quads of tokens. */
 const loadsOf = ({ template, d }: Plan) => d / codesPerWord(template.format.valueBits) / 4;
 
@@ -31,13 +35,16 @@ export function valueVariables(plan: Plan): string {
     .join(" ")}`;
 }
 
-/** Loads of V codes of group `g`: vCode{load}. */
-export function valueLoads(plan: Plan, g: string): string {
+/** Loads of V codes of the group at kHead, kGroup: vCode{load}. */
+export function valueLoads(plan: Plan): string {
   const { template, d } = plan;
   const words = d / codesPerWord(template.format.valueBits);
   const layout = kvPageLayout(template.format, template.shape);
-  return `    let valueCodes = pageStart(laneRead(pageId, ${g}, lane), kvHead) + ${layout.valueCodes / 4}u + ((first + ${g}) % ${template.shape.blockTokens / 32}u) * ${words * 8}u + quad * ${words}u + word;
-    ${each(loadsOf(plan), (c) => `let vCode${c} = pages[valueCodes + ${c * 4}u];`, " ")}`;
+  const first = quads(template)
+    ? `(lane / ${words}u) * ${(words / 4) * words}u + lane % ${words}u`
+    : `quad * ${words}u + word`;
+  return `    let valueCodes = kHead + ${layout.valueCodes / 4}u + kGroup * ${words * 8}u + ${first};
+    ${each(loadsOf(plan), (c) => `let vCode${c} = pages[valueCodes + ${c * (quads(template) ? words : 4)}u];`, " ")}`;
 }
 
 /**
@@ -85,28 +92,53 @@ const transposed = (
  * part, and a round all of it.
  */
 function roundsOf(plan: Plan, c: number) {
+  if (quads(plan.template)) {
+    const words = plan.template.format.valueBits === 2 ? 2 : 4;
+    if (c > 0) return [];
+    return [0, 1].map((half) => ({
+      places: range(16 / words).map((i) => ({ code: (16 / words) * half + i, line: i * words })),
+      tiles: range(plan.parts).map((part) => ({ part, half, offset: part * VALUE_TILE })),
+    }));
+  }
   if (plan.template.format.valueBits === 4) {
     return [
       {
-        places: range(8).map((i) => ({ code: i, line: (i & 1) + 8 * (i >> 1), offset: 0 })),
+        places: range(8).map((i) => ({ code: i, line: (i & 1) + 8 * (i >> 1) })),
         tiles: [0, 1].map((half) => ({ part: c, half, offset: half * 16 * CODE_STRIDE })),
       },
     ];
   }
   return [0, 1].map((half) => ({
-    places: range(8).map((i) => ({ code: 8 * half + i, line: (i & 3) + 8 * (i >> 2), offset: 0 })),
+    places: range(8).map((i) => ({ code: 8 * half + i, line: (i & 3) + 8 * (i >> 2) })),
     tiles: [0, 1].map((i) => ({ part: 2 * c + i, half, offset: i * VALUE_TILE })),
   }));
 }
 
 /** Text: the vec4 where the lane's first code of a round lies. */
-export const valueLanePlace = (bits: number) =>
+export const valueLanePlace = ({ template }: Plan) => {
+  const bits = template.format.valueBits;
+  if (quads(template)) {
+    const words = bits === 2 ? 2 : 4;
+    return `(lane % ${loadWords(template)}u / ${words}u) * ${VALUE_TILE}u + (lane % ${words}u) * ${CODE_STRIDE}u`;
+  }
+  return lanePlace(bits);
+};
+
+const lanePlace = (bits: number) =>
   bits === 4
     ? `(2u * (word >> 1u) + 4u * (word & 1u)) * ${CODE_STRIDE}u`
     : `(word >> 1u) * ${VALUE_TILE}u + (word & 1u) * ${4 * CODE_STRIDE}u`;
 
 /** Text: channel of its part that the lane's sum belongs to: the lane is a line of both tiles. */
-const laneChannel = (bits: number) =>
+const laneChannel = (template: DecodeMatrixTemplate) => {
+  const bits = template.format.valueBits;
+  if (!quads(template)) return pairChannel(bits);
+  return bits === 4
+    ? "(lane & 3u) * 8u + (lane >> 4u) * 4u + ((lane >> 2u) & 3u)"
+    : "(lane & 1u) * 16u + (lane >> 4u) * 8u + ((lane >> 1u) & 7u)";
+};
+
+const pairChannel = (bits: number) =>
   bits === 4
     ? "(((lane >> 2u) & 1u) + 2u * ((lane >> 1u) & 1u)) * 8u + (lane & 1u) + 2u * (lane >> 3u)"
     : "((lane >> 2u) & 1u) * 16u + (lane >> 4u) * 8u + (lane & 3u) + 4u * ((lane >> 3u) & 1u)";
@@ -139,10 +171,19 @@ export function valueGroup(plan: Plan): string {
   const rounds = range(loadsOf(plan)).flatMap((c) =>
     roundsOf(plan, c).map((round, i) => ({ ...round, c, first: i === 0 })),
   );
-  const store = (c: number, { code, line }: { code: number; line: number }) => {
+  const field = (c: number, code: number) => {
     const perByte = 8 / bits;
     const mask = (((1 << bits) - 1) << (bits * (code % perByte))) * 0x01010101;
-    return `staged[valueAt + ${line * CODE_STRIDE}u][quad & 3u] = b${Math.floor(code / perByte)}_${c} & 0x${mask.toString(16)}u;`;
+    return `(b${Math.floor(code / perByte)}_${c} & 0x${mask.toString(16)}u)`;
+  };
+  const store = (c: number, { code, line }: { code: number; line: number }) => {
+    const at = `staged[valueAt + ${line * CODE_STRIDE}u]`;
+    if (!quads(template)) return `${at}[quad & 3u] = ${field(c, code)};`;
+    if (loadsOf(plan) === 4)
+      return `${at} = vec4u(${range(4)
+        .map((load) => field(load, code))
+        .join(", ")});`;
+    return each(loadsOf(plan), (load) => `${at}[(quad & 3u) + ${load}u] = ${field(load, code)};`, " ");
   };
   const loadFactors = (part: number) =>
     each(tiles, (t) =>
@@ -155,7 +196,12 @@ export function valueGroup(plan: Plan): string {
   return `${foldWeights(plan)}
 ${rounds
   .map(
-    ({ places, tiles: codeTiles, c, first }) => `    ${first ? transposed(c) : ""}
+    ({
+      places,
+      tiles: codeTiles,
+      c,
+      first,
+    }) => `    ${first ? (quads(template) ? each(loadsOf(plan), transposed, "\n    ") : transposed(c)) : ""}
     ${places.map((place) => store(c, place)).join("\n    ")}
     workgroupBarrier();
     ${first ? [...new Set(codeTiles.map(({ part }) => part))].map(loadFactors).join(" ") : ""}
@@ -194,16 +240,20 @@ export function addOutputs(plan: Plan): string {
 }
 
 /** Text: one over the place of the lane's channel in its byte, a power of two. */
-export const placeFactor = (bits: number) => `bitcast<f32>((127u - ${bits}u * (lane & ${8 / bits - 1}u)) << 23u)`;
+export function placeFactor({ template }: Plan): string {
+  const bits = template.format.valueBits;
+  const code = quads(template) ? `(lane >> ${bits === 4 ? 2 : 1}u)` : "lane";
+  return `bitcast<f32>((127u - ${bits}u * (${code} & ${8 / bits - 1}u)) << 23u)`;
+}
 
 /** Sums over lanes, and the partial of each query: D outputs, maximum (log2), sum. */
 export function storePartials(plan: Plan): string {
   const { template, d, queries, parts } = plan;
-  const { heads, shape, format } = template;
+  const { heads, shape } = template;
   const gqa = heads / shape.kvHeads;
   const exact = gqa % queries === 0;
   const when = (r: number, text: string) => (exact || r === 0 ? text : `if (firstQuery + ${r}u < ${gqa}u) { ${text} }`);
-  return `  let outChannel = ${laneChannel(format.valueBits)};
+  return `  let outChannel = ${laneChannel(template)};
 ${each(
   queries,
   (r) => `  ${each(3, (i) => `zeros${r} += bitcast<f32>(laneXor(bitcast<u32>(zeros${r}), ${parts << i}u, lane));`, " ")}

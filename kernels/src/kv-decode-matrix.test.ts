@@ -9,6 +9,7 @@ import {
   decodeMatrixTiles,
   decodeMatrixWgsl,
 } from "./kv-decode-matrix.wgsl.ts";
+import { DECODE_SPLIT_IMMEDIATES } from "./kv-decode-split.ts";
 import { type KvShape, kvFormat } from "./kv-format.ts";
 import { decodePage, encodePage, hadamard, type KvPageValues } from "./kv-page.ts";
 import { buildRopeTable, ropeFrequencies } from "./rope-table.ts";
@@ -29,20 +30,26 @@ interface Case {
   readonly kvHeads: number;
   readonly queries: number;
   readonly keyChannels: 32 | 64;
+  readonly valueRounds: "pairs" | "halves";
 }
 
 // Two widths of codes on either side, rotation, ragged tiles of queries, both sizes of rounds.
 const CASES: readonly Case[] = [
-  { format: "kivi2r", headDim: 64, heads: 3, kvHeads: 1, queries: 3, keyChannels: 32 },
-  { format: "kivi-k4v2", headDim: 64, heads: 5, kvHeads: 1, queries: 3, keyChannels: 64 },
-  { format: "kivi-k2v4", headDim: 64, heads: 5, kvHeads: 1, queries: 5, keyChannels: 32 },
-  { format: "kivi2", headDim: 128, heads: 2, kvHeads: 2, queries: 1, keyChannels: 64 },
+  { format: "kivi2r", headDim: 64, heads: 3, kvHeads: 1, queries: 2, keyChannels: 32, valueRounds: "pairs" },
+  { format: "kivi-k4v2", headDim: 64, heads: 2, kvHeads: 1, queries: 2, keyChannels: 64, valueRounds: "halves" },
+  { format: "kivi-k2v4", headDim: 64, heads: 5, kvHeads: 1, queries: 5, keyChannels: 64, valueRounds: "pairs" },
+  { format: "kivi-k2v4", headDim: 128, heads: 1, kvHeads: 1, queries: 1, keyChannels: 32, valueRounds: "halves" },
+  { format: "kivi2", headDim: 128, heads: 2, kvHeads: 2, queries: 1, keyChannels: 64, valueRounds: "pairs" },
 ];
 
 const BLOCK = 64;
 const SPLIT = 96;
-const MAX_POSITIONS = 400;
+/** More than 32 groups: lanes hold the pages of 32 groups at a time. */
+const LONG_SPLIT = 1120;
+const MAX_POSITIONS = 1300;
 const THETA = 10000;
+
+const splitsOf = (splitTokens: number) => Math.ceil(MAX_POSITIONS / splitTokens);
 
 /** One row's sequence: its position, and pages with what they hold. */
 interface Sequence {
@@ -58,7 +65,6 @@ class Batch {
   readonly sequences: readonly Sequence[];
   readonly #bytes: Uint8Array<ArrayBuffer>[] = [];
   readonly #kernel: Kernel;
-  readonly splits = Math.ceil(MAX_POSITIONS / SPLIT);
 
   constructor(kernel: Kernel, template: DecodeMatrixTemplate, random: Random, positions: readonly number[]) {
     this.#kernel = kernel;
@@ -72,7 +78,7 @@ class Batch {
       label: "decode matrix",
       code: decodeMatrixWgsl(template),
       bindings: ["read", "read", "read", "read", "read_write", "read"],
-      immediateBytes: 24,
+      immediateBytes: DECODE_SPLIT_IMMEDIATES * 4,
     });
   }
 
@@ -92,7 +98,8 @@ class Batch {
   }
 
   /** Runs rows of these sequences, in an order of pages that is not theirs; partials as f32, one row after another. */
-  async run(rows: readonly number[], step: number): Promise<Float32Array> {
+  async run(rows: readonly number[], step: number, splitTokens = SPLIT): Promise<Float32Array> {
+    const splits = splitsOf(splitTokens);
     const { heads } = this.template;
     const { kvHeads, headDim } = this.shape;
     const width = (heads + 2 * kvHeads) * headDim;
@@ -113,7 +120,7 @@ class Batch {
     this.#bytes.forEach((page, i) => {
       bytes.set(page, (count - 1 - i) * page.length);
     });
-    const partials = createPoisoned(gpu, "partials", rows.length * heads * this.splits * (headDim + 2) * 4);
+    const partials = createPoisoned(gpu, "partials", rows.length * heads * splits * (headDim + 2) * 4);
     const buffers = [qkv, bytes, rowTable, table].map((data, i) => uploadStorage(gpu, `input ${i}`, data));
     const ropeTable = uploadStorage(
       gpu,
@@ -122,8 +129,8 @@ class Batch {
     );
     const bound = this.#kernel.bind([...buffers, partials.buffer, ropeTable]);
     submitPass(gpu, (pass) =>
-      bound.encode(pass, new Uint32Array([1, 0, step, SPLIT, this.splits, 1]), [
-        this.splits,
+      bound.encode(pass, new Uint32Array([1, 0, step, splitTokens, splits]), [
+        splits,
         decodeMatrixTiles(this.template),
         rows.length,
       ]),
@@ -134,11 +141,12 @@ class Batch {
   }
 
   /** A head's partials merged in f64, and un-rotated: what attention over the sealed tokens is. */
-  merged(partials: Float32Array, row: number, index: number, head: number): Float32Array {
+  merged(partials: Float32Array, row: number, index: number, head: number, splitTokens = SPLIT): Float32Array {
+    const splits = splitsOf(splitTokens);
     const { headDim } = this.shape;
     const stride = headDim + 2;
-    const used = Math.ceil(((this.sequences[index] as Sequence).pages.length * BLOCK) / SPLIT);
-    const at = (split: number) => ((row * this.template.heads + head) * this.splits + split) * stride;
+    const used = Math.ceil(((this.sequences[index] as Sequence).pages.length * BLOCK) / splitTokens);
+    const at = (split: number) => ((row * this.template.heads + head) * splits + split) * stride;
     let top = Number.NEGATIVE_INFINITY;
     for (let split = 0; split < used; split++) top = Math.max(top, partials[at(split) + headDim] as number);
     const sum = new Float64Array(headDim);
@@ -178,42 +186,55 @@ function template(c: Case, random: Random): DecodeMatrixTemplate {
     ropeLayout: random.pick(["half", "interleaved"]),
     dialect: "emulated",
     keyChannels: c.keyChannels,
+    valueRounds: c.valueRounds,
   };
 }
 
 describe("decode split on 8-bit matrices, written out", () => {
-  test.each(CASES)("$format D $headDim $heads/$kvHeads", async (c) => {
-    const random = seededRandom(`decode matrix ${c.format} ${c.headDim}`);
-    const plan = template(c, random);
-    const { headDim } = plan.shape;
-    // Ragged: less than a block sealed, part of the last split, everything.
-    const positions = [random.integer(0, BLOCK - 1), random.integer(BLOCK, 3 * BLOCK), random.integer(300, 390)];
-    const batch = new Batch(await Batch.kernel(plan), plan, random, positions);
-    const step = random.integer(0, 3) > 0 ? 0 : Math.min(2, ...positions);
-    const partials = await batch.run([0, 1, 2], step);
-    const words = new Uint32Array(partials.buffer);
-    for (const [row, { pages }] of batch.sequences.entries()) {
-      const used = Math.ceil((pages.length * BLOCK) / SPLIT);
-      for (let head = 0; head < c.heads; head++) {
-        const at = (row * c.heads + head) * batch.splits * (headDim + 2);
-        const unused = words.subarray(at + used * (headDim + 2), at + batch.splits * (headDim + 2));
-        expect(unused.every((word) => word === POISON_WORD)).toBe(true);
-        if (used === 0) continue;
-        const context = `row ${row} at ${positions[row]}, head ${head}, seed ${random.seed}`;
-        const got = batch.merged(partials, row, row, head);
-        assertClose(context, got, batch.reference(row, head), { nmse: 4e-6, maxAbs: 0.05 });
+  test.each(CASES)(
+    "$format D $headDim $heads/$kvHeads",
+    async (c) => {
+      const random = seededRandom(`decode matrix ${c.format} ${c.headDim}`);
+      const plan = template(c, random);
+      const { headDim } = plan.shape;
+      // Ragged: less than a block sealed, part of the last split, several splits; and one for a long split.
+      const positions = [
+        random.integer(0, BLOCK - 1),
+        random.integer(BLOCK, 3 * BLOCK),
+        random.integer(300, 390),
+        random.integer(1190, 1290),
+      ];
+      const batch = new Batch(await Batch.kernel(plan), plan, random, positions);
+      const step = random.integer(0, 3) > 0 ? 0 : Math.min(2, ...positions);
+      const partials = await batch.run([0, 1, 2], step);
+      const words = new Uint32Array(partials.buffer);
+      for (const [row, { pages }] of batch.sequences.slice(0, 3).entries()) {
+        const used = Math.ceil((pages.length * BLOCK) / SPLIT);
+        for (let head = 0; head < c.heads; head++) {
+          const at = (row * c.heads + head) * splitsOf(SPLIT) * (headDim + 2);
+          const unused = words.subarray(at + used * (headDim + 2), at + splitsOf(SPLIT) * (headDim + 2));
+          expect(unused.every((word) => word === POISON_WORD)).toBe(true);
+          if (used === 0) continue;
+          const context = `row ${row} at ${positions[row]}, head ${head}, seed ${random.seed}`;
+          const got = batch.merged(partials, row, row, head);
+          assertClose(context, got, batch.reference(row, head), { nmse: 4e-6, maxAbs: 0.05 });
+        }
       }
-    }
-    // A row's bits do not depend on the rows beside it.
-    const alone = await batch.run([2], step);
-    assertSameBits("alone", alone, partials.slice(2 * alone.length, 3 * alone.length));
-  });
+      // A row's bits do not depend on the rows beside it.
+      const alone = await batch.run([2], step);
+      assertSameBits("alone", alone, partials.slice(2 * alone.length, 3 * alone.length));
+      const long = await batch.run([3], 0, LONG_SPLIT);
+      const got = batch.merged(long, 0, 3, 0, LONG_SPLIT);
+      assertClose(`long split, seed ${random.seed}`, got, batch.reference(3, 0), { nmse: 4e-6, maxAbs: 0.05 });
+    },
+    600_000,
+  );
 
   test("which formats and shapes there are kernels for", () => {
     const shape = { layers: 1, kvHeads: 2, headDim: 128, blockTokens: 64, residualTokens: 64 };
-    expect(decodeMatrixSupports(kvFormat("kivi2r"), shape, 8)).toBe(true);
-    expect(decodeMatrixSupports(kvFormat("f16"), shape, 8)).toBe(false);
-    expect(decodeMatrixSupports(kvFormat("kivi2"), { ...shape, headDim: 96 }, 8)).toBe(false);
-    expect(decodeMatrixSupports(kvFormat("kivi2"), shape, 2)).toBe(false);
+    expect(decodeMatrixSupports(kvFormat("kivi2r"), shape, 16)).toBe(true);
+    expect(decodeMatrixSupports(kvFormat("f16"), shape, 16)).toBe(false);
+    expect(decodeMatrixSupports(kvFormat("kivi2"), { ...shape, headDim: 96 }, 16)).toBe(false);
+    expect(decodeMatrixSupports(kvFormat("kivi2"), shape, 8)).toBe(false);
   });
 });

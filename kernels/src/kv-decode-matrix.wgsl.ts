@@ -6,8 +6,9 @@
  * are integers of 16 bits in steps of their largest value, cut into two signed bytes: two columns of the matrix. Products
  * of integers are exact, so only that rounding (2^-16 of the largest factor) is lost.
  *
- * Workgroup memory decides how many workgroups an SM holds, so codes are staged a few channels at a time, logits stay in
- * registers (lane = token), and a segment of a few groups is finished before the next one: logits, maximum, p, output.
+ * Workgroup memory decides how many workgroups an SM holds, so codes are staged a few channels at a time and logits stay
+ * in registers (lane = token). Integer sums cannot be rescaled, so p is relative to a reference above the logits so far,
+ * and only where a group exceeds it do the sums join the f32 outputs.
  */
 import { DECODE_MATRIX_THREADS } from "./kv-decode-matrix-dialect.ts";
 import { keyGroup, keyLoads, keyNames, keyVariables, loadQueries, takeKeys } from "./kv-decode-matrix-keys.wgsl.ts";
@@ -38,8 +39,11 @@ export type { DecodeMatrixModel, DecodeMatrixTemplate, DecodeMatrixTuning } from
 /** Sealed tokens of one split that suit the kernel: fixed positions of the sequence. */
 export const DECODE_MATRIX_SPLIT_TOKENS = 512;
 
-/** Query heads a KV head from which on matrices are faster than packed multiply-adds. */
-const LEAST_QUERIES = 3;
+/**
+ * Query heads a KV head from which on matrices are taken. Packed multiply-adds take as long at 4 (measured), and twice as
+ * long for twice the queries; a matrix's columns hold four queries for the same codes.
+ */
+const LEAST_QUERIES = 5;
 
 /** Whether the kernel can hold the format and shape, and is worth it. */
 export function decodeMatrixSupports(format: KvFormat, shape: KvShape, heads: number): boolean {
@@ -51,14 +55,14 @@ export function decodeMatrixSupports(format: KvFormat, shape: KvShape, heads: nu
   );
 }
 
-/** Most query heads of a workgroup: each costs 36 registers of accumulators, outputs and q at 128 channels. */
-const MOST_QUERIES = 4;
+/** Most query heads of a workgroup: each costs 16 registers of accumulators, outputs and q at 128 channels. */
+const MOST_QUERIES = 8;
 
 /** The tuning that was fastest on an NVIDIA H200 (docs/decode-attention-matrix.md). */
 export function decodeMatrixTemplate(model: DecodeMatrixModel): DecodeMatrixTemplate {
   const gqa = model.heads / model.shape.kvHeads;
   const queries = Math.ceil(gqa / Math.ceil(gqa / MOST_QUERIES));
-  return { ...model, queries, keyChannels: 64, valueRounds: "halves" };
+  return { ...model, queries, keyChannels: 64, valueRounds: "pairs" };
 }
 
 /** Workgroups in y: query tiles of all KV heads. */
@@ -104,10 +108,10 @@ ${addOutputs(plan)}`;
 
 /**
  * Bindings: qkv f32, pages (as vec4), rows, pageTable, partials, rope table. Grid: splits, `decodeMatrixTiles`, rows.
- * Immediates: one, firstRow, step, splitTokens (a multiple of 32, at most 1024), splits, walk (ignored: always 1).
+ * Immediates: {@link DECODE_SPLIT_STEP}; splitTokens is a multiple of 32.
  */
 export function decodeMatrixWgsl(template: DecodeMatrixTemplate): string {
-  const { shape, format, maxPages } = template;
+  const { shape, format } = template;
   const plan = planOf(template);
   const { dialect, queries } = plan;
   const layout = kvPageLayout(format, shape);
@@ -121,10 +125,10 @@ export function decodeMatrixWgsl(template: DecodeMatrixTemplate): string {
   let sealed = position - position % ${shape.residualTokens}u;
   let start = wid.x * params.splitTokens;
   if (start >= sealed) { return; }
-  // Groups of 32 tokens: the first of the sequence's, and how many. Lane i knows the page of the i-th.
+  // Groups of 32 tokens: the first of the sequence's, and how many.
   let first = start / 32u;
   let count = (min(start + params.splitTokens, sealed) - start) / 32u;
-  let pageId = pageTable[slot * ${maxPages}u + (first + min(lane, count - 1u)) / ${shape.blockTokens / 32}u];
+  var pageId = 0u;
 ${lanePlaces(plan)}
 ${loadQueries(plan)}
 ${groups(plan)}
