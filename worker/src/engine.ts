@@ -29,8 +29,7 @@ const stalledMs = 20;
  * ahead of results: sampled tokens stay on the GPU, so a row can go on before its last token was read. What was computed
  * for a sequence that turns out to have ended is dropped; its slot and pages can be given away at once, because the GPU
  * runs steps in order and whoever gets them writes before it reads. Results depend on a request alone under `invariant`
- * numerics: only blocks sealed by prefill are shared, and a resumed or preempted sequence replays its generated tokens
- * through decode rows.
+ * numerics: only blocks sealed by prefill are shared, and tokens of an earlier run are replayed through decode rows.
  */
 export class Engine {
   readonly runner: ModelRunner;
