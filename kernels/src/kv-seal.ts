@@ -3,11 +3,11 @@ import type { Gpu } from "./device.ts";
 import { cachedKernel } from "./kernel-cache.ts";
 import { type KvSealTemplate, kvSealWgsl } from "./kv-seal.wgsl.ts";
 import {
-  kvSealNormWgsl,
   kvSealTileWgsl,
   NEGATIVE_ZERO_BITS,
-  SEAL_NORM_PAIRS,
   SEAL_TILE_IMMEDIATE_BYTES,
+  sealTileGrid,
+  sealTileParts,
   sealTileSupports,
 } from "./kv-seal-tile.wgsl.ts";
 
@@ -85,40 +85,30 @@ export async function createKvSeal(gpu: Gpu, descriptor: KvSealDescriptor): Prom
   }
   if (!sealTileSupports(format, shape))
     throw new RangeError(`${label}: no tiles for heads of ${shape.headDim} in format ${format.name}`);
-  const template = {
-    ...descriptor,
-    exchange: variant === "tiles" ? "subgroup" : "memory",
-    unroll: variant === "tiles",
-    fused: variant === "tiles",
-  } as const;
-  const [tiles, norms] = await Promise.all([
-    cachedKernel(gpu, {
-      label,
-      code: kvSealTileWgsl(template),
-      bindings: BINDINGS,
-      immediateBytes: SEAL_TILE_IMMEDIATE_BYTES,
+  const kernels = await Promise.all(
+    sealTileParts(format).map(async (part) => {
+      const device = variant === "tiles";
+      const exchange = device ? "subgroup" : "memory";
+      const template = { ...descriptor, part, exchange, unroll: device, fused: device } as const;
+      const kernel = await cachedKernel(gpu, {
+        label: `${label} ${part}`,
+        code: kvSealTileWgsl(template),
+        bindings: BINDINGS,
+        immediateBytes: SEAL_TILE_IMMEDIATE_BYTES,
+      });
+      return { kernel, width: sealTileGrid(template) };
     }),
-    format.rotated
-      ? cachedKernel(gpu, {
-          label: `${label} norms`,
-          code: kvSealNormWgsl(template),
-          bindings: BINDINGS,
-          immediateBytes: SEAL_TILE_IMMEDIATE_BYTES,
-        })
-      : undefined,
-  ]);
+  );
   return {
     variant,
     bind({ source, seals, pageTable, pages, status }) {
       const buffers = [source, seals, pageTable, pages, status];
-      const boundTiles = tiles.bind(buffers);
-      const boundNorms = norms?.bind(buffers);
+      const bound = kernels.map(({ kernel, width }) => ({ kernel: kernel.bind(buffers), width }));
       const words = new Uint32Array([NEGATIVE_ZERO_BITS, 0]);
       return {
         encode(pass, blocks, first = 0) {
           words[1] = first;
-          boundNorms?.encode(pass, words, [SEAL_NORM_PAIRS, blocks * groups]);
-          boundTiles.encode(pass, words, [2 * shape.kvHeads, blocks * groups]);
+          for (const { kernel, width } of bound) kernel.encode(pass, words, [width, blocks * groups]);
         },
       };
     },
