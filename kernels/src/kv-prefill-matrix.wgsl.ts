@@ -235,15 +235,20 @@ function rescue(context: Context): string {
     workgroupBarrier();`;
 }
 
-/** Where a tile of a side lies. Tile `index` (text): sealed, or of the window. */
-function locate({ template }: Context, side: "key" | "value", sealed: boolean, index: string): string {
+/** Text: page of tile `index`, or of the last one. */
+function pageOf({ template }: Context, index: string): string {
+  const groups = template.shape.blockTokens / KEY_TILE;
+  return `pageTable[tile.w * ${template.maxPages}u + min(${index}, count - 1u) / ${groups}u]`;
+}
+
+/** Where a side of tile `index` lies: in `page` (text), or in the window. */
+function locate({ template }: Context, side: "key" | "value", sealed: boolean, index: string, page: string): string {
   const { format, shape } = template;
   if (!sealed) return `let ${side}First = min(${index}, count - 1u) * ${KEY_TILE}u;`;
   const layout = kvPageLayout(format, shape);
-  const groups = shape.blockTokens / KEY_TILE;
-  return `let ${side}Tile = min(${index}, count - 1u);
-    let ${side}Start = pageTable[tile.w * ${template.maxPages}u + ${side}Tile / ${groups}u] * ${layout.page}u;
-    let ${side}Page = ${side}Start + kvHead * ${layout.head}u; let ${side}Group = ${side}Tile % ${groups}u;
+  return `let ${side}Start = ${page} * ${layout.page}u;
+    let ${side}Page = ${side}Start + kvHead * ${layout.head}u;
+    let ${side}Group = min(${index}, count - 1u) % ${shape.blockTokens / KEY_TILE}u;
     ${side === "key" && format.rotated ? `let keyNorms = keyStart + ${layout.norms}u;` : ""}`;
 }
 
@@ -254,16 +259,22 @@ function staging(context: Context, sealed: boolean) {
   const key = sealed ? sealedKeys(template, "0u") : windowRows(template, "key", "0u");
   const value = sealed ? sealedValues(template, values) : windowRows(template, "value", values);
   const early = template.plan.loads !== "late";
-  const load = (side: "key" | "value", tile: string) =>
-    `${locate(context, side, sealed, tile)}\n${(side === "key" ? key : value).loads}`;
+  const load = (side: "key" | "value", tile: string, page: string) =>
+    `${locate(context, side, sealed, tile, page)}\n${(side === "key" ? key : value).loads}`;
   return {
-    declarations: `${key.declarations}\n${value.declarations}`,
-    /** Loads that are issued early: none where stores do them. */
-    load: (keyTile: string, valueTile: string) => (early ? `${load("key", keyTile)}\n${load("value", valueTile)}` : ""),
+    declarations: `${key.declarations}\n${value.declarations}
+    ${early && sealed ? `var page = ${pageOf(context, "0u")}; var nextPage = ${pageOf(context, "1u")};` : ""}`,
+    /** Loads that are issued early: the keys of the tile after `tile`, and its own values. None where stores do them. */
+    load: (tile: string) =>
+      early
+        ? `${load("key", `${tile} + 1u`, "nextPage")}\n${load("value", tile, "page")}
+    ${sealed ? `page = nextPage; nextPage = ${pageOf(context, `${tile} + 2u`)};` : ""}`
+        : "",
+    loadFirstKeys: () => (early ? load("key", "0u", "page") : ""),
     loadMeta: (tile: string) =>
-      key.metaLoads === undefined ? "" : `${locate(context, "key", sealed, tile)}\n${key.metaLoads}`,
-    storeKeys: (tile: string) => `${early ? "" : load("key", tile)}\n${key.stores}`,
-    storeValues: (tile: string) => `${early ? "" : load("value", tile)}\n${value.stores}`,
+      key.metaLoads === undefined ? "" : `${locate(context, "key", sealed, tile, "page")}\n${key.metaLoads}`,
+    storeKeys: (tile: string) => `${early ? "" : load("key", tile, pageOf(context, tile))}\n${key.stores}`,
+    storeValues: (tile: string) => `${early ? "" : load("value", tile, pageOf(context, tile))}\n${value.stores}`,
   };
 }
 
@@ -285,7 +296,7 @@ function tileLoop(context: Context): string {
       ? `{ ${weights(context, true)} } ${either((phase) => `${phase.loadMeta("t")} ${store(phase)}`)}`
       : either((phase, masked) => `${phase.loadMeta("t")} { ${weights(context, masked)} } ${store(phase)}`);
   return `${context.phase === "either" ? `${sealed.declarations}\n${window.declarations}` : (context.phase === "sealed" ? sealed : window).declarations}
-    ${either((phase) => `{ ${phase.load("0u", "0u")} } { ${phase.loadMeta("0u")} ${phase.storeKeys("0u")} } { ${phase.load("1u", "0u")} }`)}
+    ${either((phase) => `{ ${phase.loadFirstKeys()} } { ${phase.loadMeta("0u")} ${phase.storeKeys("0u")} } ${phase.load("0u")}`)}
     workgroupBarrier();
     ${logits(context)}
     for (var t = 1u; t <= count; t++) {
@@ -297,7 +308,7 @@ function tileLoop(context: Context): string {
     if (workgroupUniformLoad(&kv[${s.d / 8}u]).x != 0u) {
     ${rescue(context)}
     }
-    ${either((phase) => phase.load("t + 1u", "t"))}
+    ${either((phase) => phase.load("t"))}
     ${products(context)}
     ${logits(context)}
     }`;
