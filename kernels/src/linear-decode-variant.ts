@@ -39,29 +39,19 @@ function matrixTile(
 }
 
 /**
- * Up to 32 rows: no barriers in the loop, 8 to 17 % faster. WGSL calls it a data race that threads of one subgroup write
- * workgroup memory and then load it as a matrix without a barrier; on devices whose subgroups run in step it is not, and
- * the start-up self-test compares results. Without it, tiles with barriers give the same bits.
- */
-const SUBGROUPS_APART = true;
-
-function apart(tilesM: number, tilesN: number, depth: MatrixDecodeTile["depth"]): MatrixDecodeTile {
-  return { ...matrixTile(1, 1, tilesM, tilesN, depth), ahead: 2, apart: true };
-}
-
-/**
  * Measured on an H200: docs/decode-linear.md. A multiprocessor holds some 55 KB of workgroup memory, so few rows take
- * small workgroups of which it holds several, and many rows take one large workgroup a multiprocessor.
+ * small workgroups of which it holds several, and many rows take one large workgroup a multiprocessor. Loops without
+ * barriers (`apart`) were 8 to 17 % faster for few rows; WGSL calls them a data race, so none is chosen.
  */
 const WIDE_TILES: readonly BoundedTile[] = [
-  { rowsUpTo: 16, tile: SUBGROUPS_APART ? apart(1, 2, 64) : matrixTile(1, 2, 1, 1, 64) },
-  { rowsUpTo: 32, tile: SUBGROUPS_APART ? apart(2, 2, 32) : matrixTile(2, 2, 1, 3, 64) },
+  { rowsUpTo: 16, tile: matrixTile(1, 2, 1, 1, 64) },
+  { rowsUpTo: 32, tile: matrixTile(2, 2, 1, 3, 64) },
   { rowsUpTo: 64, tile: matrixTile(2, 2, 2, 3, 64) },
   { rowsUpTo: Number.POSITIVE_INFINITY, tile: matrixTile(2, 2, 4, 3, 32) },
 ];
 
 const NARROW_TILES: readonly BoundedTile[] = [
-  { rowsUpTo: 16, tile: SUBGROUPS_APART ? apart(1, 1, 128) : matrixTile(1, 1, 1, 1, 128) },
+  { rowsUpTo: 16, tile: matrixTile(1, 1, 1, 1, 128) },
   { rowsUpTo: 32, tile: matrixTile(2, 1, 1, 2, 128) },
   { rowsUpTo: 64, tile: matrixTile(2, 2, 2, 1, 64) },
   { rowsUpTo: Number.POSITIVE_INFINITY, tile: matrixTile(4, 1, 2, 2, 64) },
