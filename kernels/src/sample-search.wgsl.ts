@@ -11,13 +11,15 @@ fn keyOfFinite(bits: u32) -> u32 { return select(0u, keyOf(bits), isFiniteBits(b
 fn keys4(bits: vec4u) -> vec4u {
   return vec4u(keyOfFinite(bits.x), keyOfFinite(bits.y), keyOfFinite(bits.z), keyOfFinite(bits.w));
 }
-fn expOf(key: u32, weighting: Weighting) -> f32 {
-  return exp(max((valueOf(key) - weighting.top) * weighting.inverseTemperature, -100.0));
+fn expAt(value: f32, weighting: Weighting) -> f32 {
+  return exp(max((value - weighting.top) * weighting.inverseTemperature, -100.0));
 }
-fn weightOf(key: u32, weighting: Weighting) -> u32 {
+fn expOf(key: u32, weighting: Weighting) -> f32 { return expAt(valueOf(key), weighting); }
+fn weightAt(value: f32, weighting: Weighting) -> u32 {
   if (weighting.scale == 0.0) { return 1u; }
-  return u32(expOf(key, weighting) * weighting.scale);
+  return u32(expAt(value, weighting) * weighting.scale);
 }
+fn weightOf(key: u32, weighting: Weighting) -> u32 { return weightAt(valueOf(key), weighting); }
 
 /** Sums of all threads before this one, and of all: (x, y before; x, y in all). Every thread calls it. */
 fn scan(lane: Lane, value: vec2u) -> vec4u {
@@ -131,6 +133,7 @@ fn drawFromList(row: u32, lane: Lane, request: Request, top: f32, inverse: f32, 
   }
   workgroupBarrier();
   let bound = found.x;
+  let least = below(bound);
   for (var sub = lane.index / lane.size; sub < SUBS; sub += THREADS / lane.size) {
     if (subs[row * SUBS + sub] < bound) { continue; }
     for (var i = lane.inSubgroup; i < SUB_VECTORS; i += AHEAD * lane.size) {
@@ -140,6 +143,7 @@ fn drawFromList(row: u32, lane: Lane, request: Request, top: f32, inverse: f32, 
         if (i + j * lane.size < SUB_VECTORS) { block[j] = logits4(row, subVector(sub, i + j * lane.size)); }
       }
       for (var j = 0u; j < AHEAD; j++) {
+        if (!anyFrom(block[j], least)) { continue; }
         let keys = keys4(block[j]);
         for (var part = 0u; part < 4u; part++) {
           if (keys[part] >= bound) {

@@ -2,16 +2,23 @@
 
 /** Needs what `sample-search.wgsl.ts` declares. */
 export const SAMPLE_THRESHOLD_WGSL = `/** Falls with the value; the last bin is all that is far away. */
-fn binOf(key: u32, weighting: Weighting) -> u32 {
+fn binAt(value: f32, weighting: Weighting) -> u32 {
   let perUnit = select(64.0 * weighting.inverseTemperature, 32.0, weighting.scale == 0.0);
-  return u32(min((weighting.top - valueOf(key)) * perUnit, f32(BINS - 1u)));
+  return u32(min((weighting.top - value) * perUnit, f32(BINS - 1u)));
+}
+fn binOf(key: u32, weighting: Weighting) -> u32 { return binAt(valueOf(key), weighting); }
+
+/** Whether a logit is finite, at least \`least\`, and above the threshold. Cheap where it is not: a pass asks every logit. */
+fn counts(bits: u32, least: f32, kept: Threshold) -> bool {
+  let value = bitcast<f32>(bits);
+  return value >= least && isFiniteBits(bits) && (kept.key == 0u || keyOf(bits) > kept.key);
 }
 
 /** A value that everything in a bin is above. */
 fn leastOf(bin: u32, weighting: Weighting) -> f32 {
   let perUnit = select(64.0 * weighting.inverseTemperature, 32.0, weighting.scale == 0.0);
   let value = weighting.top - f32(bin + 1u) / perUnit;
-  return select(value - 1e-5 * (abs(weighting.top) + abs(value)), -3.4e38, bin + 1u >= BINS);
+  return select(value - 1e-5 * (abs(weighting.top) + abs(value)), -3.4028234e38, bin + 1u >= BINS);
 }
 
 /** Tokens where weights are counts; else a share of 2³¹, which is what all weigh, up to what rounding down takes. */
@@ -32,7 +39,7 @@ fn loadAhead(row: u32, first: u32, step: u32) -> array<vec4u, AHEAD> {
 /** A little less than a key's value. */
 fn below(key: u32) -> f32 {
   let value = valueOf(max(key, 0x00800000u));
-  return select(value - abs(value) * 1e-6 - 1e-30, -3.4e38, key <= 0x00800000u);
+  return select(value - abs(value) * 1e-6 - 1e-30, -3.4028234e38, key <= 0x00800000u);
 }
 
 /**
@@ -48,11 +55,11 @@ fn findBin(row: u32, lane: Lane, kept: Threshold, weighting: Weighting, share: f
     for (var j = 0u; j < AHEAD; j++) {
       let bits = block[j];
       if (!anyFrom(bits, least)) { continue; }
-      let keys = keys4(bits);
       for (var part = 0u; part < 4u; part++) {
-        if (keys[part] > kept.key && bitcast<f32>(bits[part]) >= least) {
-          let weight = weightOf(keys[part], weighting);
-          if (weight > 0u) { atomicAdd(&histogram[binOf(keys[part], weighting)], weight); }
+        if (counts(bits[part], least, kept)) {
+          let value = bitcast<f32>(bits[part]);
+          let weight = weightAt(value, weighting);
+          if (weight > 0u) { atomicAdd(&histogram[binAt(value, weighting)], weight); }
         }
       }
     }
@@ -86,11 +93,10 @@ fn collectBin(row: u32, lane: Lane, bin: u32, kept: Threshold, weighting: Weight
     for (var j = 0u; j < AHEAD; j++) {
       let bits = block[j];
       if (!anyFrom(bits, least)) { continue; }
-      let keys = keys4(bits);
       for (var part = 0u; part < 4u; part++) {
-        if (keys[part] > kept.key && binOf(keys[part], weighting) == bin) {
+        if (counts(bits[part], least, kept) && binAt(bitcast<f32>(bits[part]), weighting) == bin) {
           let slot = atomicAdd(&listCount, 1u);
-          if (slot < THREADS) { listKeys[slot] = keys[part]; }
+          if (slot < THREADS) { listKeys[slot] = keyOf(bits[part]); }
         }
       }
     }
@@ -187,14 +193,14 @@ fn thresholdRange(row: u32, lane: Lane, request: Request, top: f32, inverse: f32
   var weighting = Weighting(top, inverse, 0.0);
   let limitsCount = request.topK > 0u && request.topK < VOCABULARY;
   for (var stage = 0u; stage < 2u; stage++) {
-    var least = -3.4e38;
+    var least = -3.4028234e38;
     if (stage == 1u) {
       var sum = total;
       if (limitsCount) { sum = keptSum(row, lane, kept, weighting); }
       weighting.scale = 2147483648.0 / sum;
       // What lies below weighs less than a quarter of what may be left out, all together.
       let rest = (1.0 - request.topP) * sum / (4.0 * f32(VOCABULARY));
-      least = select(-3.4e38, top + log(max(rest, 1e-30)) / inverse, rest > 1e-12);
+      least = select(-3.4028234e38, top + log(max(rest, 1e-30)) / inverse, rest > 1e-12);
     }
     if ((stage == 0u && limitsCount) || (stage == 1u && request.topP < 1.0)) {
       kept = limit(row, lane, kept, weighting, request.topP, request.topK, least);
@@ -211,9 +217,8 @@ fn keptSum(row: u32, lane: Lane, kept: Threshold, weighting: Weighting) -> f32 {
     var block = loadAhead(row, first, THREADS);
     for (var j = 0u; j < AHEAD; j++) {
       if (!anyFrom(block[j], bound)) { continue; }
-      let keys = keys4(block[j]);
       for (var part = 0u; part < 4u; part++) {
-        if (keys[part] > kept.key) { mine += expOf(keys[part], weighting); }
+        if (counts(block[j][part], bound, kept)) { mine += expAt(bitcast<f32>(block[j][part]), weighting); }
       }
     }
   }
@@ -232,10 +237,12 @@ fn rowRange(row: u32, lane: Lane, kept: Threshold, weighting: Weighting, random:
     var block = loadAhead(row, part * each + i, step);
     for (var j = 0u; j < AHEAD; j++) {
       if (i + j * step >= each || !anyFrom(block[j], bound)) { continue; }
-      let keys = keys4(block[j]);
       for (var c = 0u; c < 4u; c++) {
-        if (keys[c] > kept.key) { mine.x += weightOf(keys[c], weighting); }
-        if (keys[c] == kept.key && keys[c] != 0u) { mine.y++; }
+        let value = bitcast<f32>(block[j][c]);
+        if (value < bound || !isFiniteBits(block[j][c])) { continue; }
+        let key = keyOf(block[j][c]);
+        if (key > kept.key) { mine.x += weightAt(value, weighting); }
+        if (key == kept.key) { mine.y++; }
       }
     }
   }

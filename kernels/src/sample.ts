@@ -90,6 +90,8 @@ export interface BoundSampler {
 }
 
 export interface Sampler {
+  /** Bytes of GPU memory that it holds for partial results. */
+  readonly bytes: number;
   bind(buffers: SamplerBuffers): BoundSampler;
 }
 
@@ -120,8 +122,9 @@ export async function createSampler(gpu: Gpu, descriptor: SamplerDescriptor): Pr
   if (!Number.isInteger(maxRows) || maxRows < 1 || maxRows > 65535) {
     throw new RangeError(`sampler: maxRows ${maxRows}, must be 1 … 65535`);
   }
-  const bind = await (variant === "slices" ? bySlices : byRows)(gpu, vocabulary, maxRows);
+  const { bind, scratch } = await (variant === "slices" ? bySlices : byRows)(gpu, vocabulary, maxRows);
   return {
+    bytes: scratch.reduce((sum, { size }) => sum + size, 0),
     bind(buffers) {
       const encode = bind(buffers);
       return {
@@ -136,9 +139,12 @@ export async function createSampler(gpu: Gpu, descriptor: SamplerDescriptor): Pr
   };
 }
 
-type BindSampler = (buffers: SamplerBuffers) => (pass: GPUComputePassEncoder, rows: number) => void;
+interface SamplerKernels {
+  readonly scratch: readonly GPUBuffer[];
+  readonly bind: (buffers: SamplerBuffers) => (pass: GPUComputePassEncoder, rows: number) => void;
+}
 
-async function byRows(gpu: Gpu, vocabulary: number, maxRows: number): Promise<BindSampler> {
+async function byRows(gpu: Gpu, vocabulary: number, maxRows: number): Promise<SamplerKernels> {
   const [scan, pick] = await Promise.all([
     cachedKernel(gpu, {
       label: "sample scan",
@@ -155,7 +161,7 @@ async function byRows(gpu: Gpu, vocabulary: number, maxRows: number): Promise<Bi
   ]);
   const immediates = new Uint32Array([vocabulary, 2]);
   const partials = createStorage(gpu, "sample partials", maxRows * SAMPLE_SLICES * SAMPLE_PARTIAL_BYTES);
-  return ({ logits, parameters, output }) => {
+  const bind: SamplerKernels["bind"] = ({ logits, parameters, output }) => {
     const boundScan = scan.bind([logits, partials]);
     const boundPick = pick.bind([logits, partials, parameters, output]);
     return (pass, rows) => {
@@ -163,6 +169,7 @@ async function byRows(gpu: Gpu, vocabulary: number, maxRows: number): Promise<Bi
       boundPick.encode(pass, immediates, [rows]);
     };
   };
+  return { bind, scratch: [partials] };
 }
 
 /** Most threads of the choice: more do not load faster. */
@@ -176,7 +183,7 @@ function sliceTemplate(gpu: Gpu, vocabulary: number): SampleSliceTemplate & Samp
   return { ...sampleSlices(vocabulary, gpu.features.subgroupSize, sizes), threads };
 }
 
-async function bySlices(gpu: Gpu, vocabulary: number, maxRows: number): Promise<BindSampler> {
+async function bySlices(gpu: Gpu, vocabulary: number, maxRows: number): Promise<SamplerKernels> {
   const template = sliceTemplate(gpu, vocabulary);
   const slices = sliceCount(template);
   const immediateBytes = template.sizes === "immediate" ? SLICE_IMMEDIATE_BYTES : 0;
@@ -197,7 +204,7 @@ async function bySlices(gpu: Gpu, vocabulary: number, maxRows: number): Promise<
   ]);
   const partials = createStorage(gpu, "sample partials", maxRows * slices * SLICE_PARTIAL_BYTES);
   const subs = createStorage(gpu, "sample best keys", maxRows * subCount(template) * 4);
-  return ({ logits, parameters, output }) => {
+  const bind: SamplerKernels["bind"] = ({ logits, parameters, output }) => {
     const boundScan = scan.bind([logits, partials, subs, parameters]);
     const boundPick = pick.bind([logits, partials, subs, parameters, output]);
     return (pass, rows) => {
@@ -205,4 +212,5 @@ async function bySlices(gpu: Gpu, vocabulary: number, maxRows: number): Promise<
       boundPick.encode(pass, immediates, [rows]);
     };
   };
+  return { bind, scratch: [partials, subs] };
 }
