@@ -90,6 +90,7 @@ function normCase(rows: number, hidden: number): KernelCase {
     kernel: "RMS norm to f16",
     shape: `${rows} × ${hidden}`,
     variant: "registers",
+    peer: `rms-norm f16 ${rows}x${hidden}`,
     bytes: rows * hidden * 6,
     prepare: (gpu) => prepareNorm(gpu, rows, hidden),
   };
@@ -101,6 +102,7 @@ function siluCase(rows: number, width: number): KernelCase {
     kernel: "SiLU · up to f16",
     shape: `${rows} × ${width}`,
     variant: "elements",
+    peer: `silu-mul f16 ${rows}x${width}`,
     bytes: rows * width * 10,
     prepare: (gpu) => prepareSilu(gpu, rows, width),
   };

@@ -1,8 +1,11 @@
 /** Random data made on the GPU: a gigabyte takes a millisecond there, and minutes on the host. */
 import { createKernel, type Gpu, submitPass } from "../../src/index.ts";
 
-/** `halves`: pairs of f16. `floats`: f32. Both normal with deviation 1 times `scale`. */
-export type RandomKind = "halves" | "floats";
+/**
+ * `halves`: pairs of f16. `floats`: f32. Both normal with deviation 1 times `scale`. `ranked`: f32 logits that fall with the
+ * logarithm of a random rank, as a language model's do: some dozens of tokens hold most of the mass.
+ */
+export type RandomKind = "halves" | "floats" | "ranked";
 
 function fillWgsl(kind: RandomKind, scale: number): string {
   const factor = scale.toExponential();

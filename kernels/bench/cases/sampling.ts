@@ -42,7 +42,15 @@ function judge(logits: Float32Array, request: SampleParameters, answer: { token:
   return Math.abs(answer.logprob - logProbability(logits, answer.token));
 }
 
-async function prepareSampling(gpu: Gpu, rows: number, vocabulary: number, limits: Limits): Promise<PreparedCase> {
+interface SampleSize {
+  readonly rows: number;
+  readonly vocabulary: number;
+  /** Logits as a model's; otherwise normal with deviation 3, where top-p keeps thousands. */
+  readonly ranked?: boolean;
+}
+
+async function prepareSampling(gpu: Gpu, size: SampleSize, limits: Limits): Promise<PreparedCase> {
+  const { rows, vocabulary, ranked = false } = size;
   const sampler = await createSampler(gpu, { vocabulary, maxRows: rows });
   const view = new DataView(new ArrayBuffer(rows * SAMPLE_PARAMETER_BYTES));
   for (let row = 0; row < rows; row++) writeSampleParameters(view, row, requestOf(limits, row));
@@ -51,7 +59,7 @@ async function prepareSampling(gpu: Gpu, rows: number, vocabulary: number, limit
     parameters: uploadStorage(gpu, "parameters", view),
     output: createStorage(gpu, "output", rows * SAMPLE_RESULT_BYTES),
   };
-  await fillRandom(gpu, buffers.logits, "floats", 3);
+  await fillRandom(gpu, buffers.logits, ranked ? "ranked" : "floats", 3);
   const bound = sampler.bind(buffers);
   return {
     encode: (pass) => bound.encode(pass, rows),
@@ -73,30 +81,35 @@ async function prepareSampling(gpu: Gpu, rows: number, vocabulary: number, limit
   };
 }
 
-function sampleCase(way: string, rows: number, vocabulary: number, more: Partial<KernelCase> = {}): KernelCase {
+function sampleCase(way: string, size: SampleSize, more: Partial<KernelCase> = {}): KernelCase {
+  const { rows, vocabulary, ranked = false } = size;
   return {
     kernel: `sampling, ${way}`,
-    shape: `${rows} × ${vocabulary}`,
+    shape: `${rows} × ${vocabulary}${ranked ? ", ranked logits" : ""}`,
     variant: "slices",
     numerics: "invariant",
     bytes: rows * vocabulary * 4,
     flops: 0,
     roof: "bytes",
     ...more,
-    prepare: (gpu) => prepareSampling(gpu, rows, vocabulary, WAYS[way] as Limits),
+    prepare: (gpu) => prepareSampling(gpu, size, WAYS[way] as Limits),
   };
 }
 
 export const samplingCases: CaseList = (size) => {
-  if (size === "tiny") return Object.keys(WAYS).map((way) => sampleCase(way, 2, 500, { variant: "rows" }));
+  if (size === "tiny")
+    return Object.keys(WAYS).map((way) => sampleCase(way, { rows: 2, vocabulary: 500 }, { variant: "rows" }));
   const floor = "≤ 60 µs";
+  const large = { rows: 64, vocabulary: 128256 };
+  const many = { rows: 1000, vocabulary: 32000 };
   return [
-    sampleCase("greedy", 64, 128256, { floor, peer: "sample 64x128256 greedy" }),
-    sampleCase("temperature", 64, 128256, { floor, peer: "sample 64x128256 temperature" }),
-    sampleCase("top-k 40, top-p 0.95", 64, 128256, { floor, peer: "sample 64x128256 top-k" }),
-    sampleCase("top-p 0.95", 64, 128256, { floor, peer: "sample 64x128256 top-p" }),
-    sampleCase("greedy", 1000, 32000),
-    sampleCase("temperature", 1000, 32000),
-    sampleCase("greedy", 1, 128256),
+    sampleCase("greedy", large, { floor, peer: "sample greedy 64x128256" }),
+    sampleCase("temperature", large, { floor, peer: "sample temperature 64x128256" }),
+    sampleCase("top-k 40, top-p 0.95", large, { floor, peer: "sample top-k 64x128256" }),
+    sampleCase("top-p 0.95", { ...large, ranked: true }, { floor, peer: "sample top-p 64x128256" }),
+    sampleCase("top-p 0.95", large, { floor, peer: "sample top-p 64x128256" }),
+    sampleCase("greedy", many),
+    sampleCase("temperature", many),
+    sampleCase("greedy", { rows: 1, vocabulary: 128256 }),
   ];
 };
