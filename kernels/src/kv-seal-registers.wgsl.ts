@@ -13,6 +13,8 @@ export const COUNT = 32;
 
 /** What the text of one branch is written with. */
 export interface TileWriter extends RegisterWriter {
+  /** Whether text is written out; looped text is also written once where unrolled text has a fast and a full form. */
+  readonly unroll: boolean;
   /** Statements that make `to` i, i < count, of what the thread `mask` away has for `value(i)`. */
   exchange(mask: number, count: number, value: (index: RegisterIndex) => string, to: string): string;
 }
@@ -23,6 +25,7 @@ export function tileWriter(exchange: LaneExchange, unroll: boolean): TileWriter 
   const { each, at } = registers;
   return {
     ...registers,
+    unroll,
     exchange(mask, count, value, to) {
       if (exchange === "subgroup") {
         return each(count, (i) => `${at(to, i)} = subgroupShuffleXor(${value(i)}, ${mask}u);`);
@@ -184,13 +187,13 @@ export function reduceText(w: TileWriter, headDim: number): string {
   return text.join("\n");
 }
 
-/** Statements that make `word` of codes word · perWord …; `steps(i)` is the group of value i. */
-export function wordText(
+/** Statements that make `word` of codes word · perWord …; `steps(i)` is the group of value i. `bounds`: of the clamp, if any. */
+function wordText(
   w: TileWriter,
   bits: number,
   word: number,
   steps: (i: RegisterIndex) => string,
-  wide: boolean,
+  bounds: string | undefined,
 ): string {
   const perWord = codesPerWord(bits as 2 | 4);
   let constant = 0n;
@@ -200,7 +203,37 @@ ${w.each(perWord, (j) => {
   const i = typeof j === "number" ? j + word * perWord : `${j} + ${word * perWord}u`;
   const shift = typeof j === "number" ? `${j * bits}u` : `(${j} * ${bits}u)`;
   const code = `quotient(${w.at("x", i)}, ${steps(i)})`;
-  return `word += bitcast<u32>(${wide ? `clamp(${code}, 0.0, ${2 ** bits - 1}.0)` : code} + 12582912.0) << ${shift};`;
+  return `word += bitcast<u32>(${bounds === undefined ? code : `clamp(${code}, ${bounds})`} + 12582912.0) << ${shift};`;
 })}
   word -= ${constant & 0xffff_ffffn}u;`;
+}
+
+/**
+ * Statements that make all words of the thread and store them; clamped only where `isWide` says so.
+ * @param store statement that stores `word` number k.
+ */
+export function codesText(
+  w: TileWriter,
+  bits: number,
+  isWide: string,
+  steps: (i: RegisterIndex) => string,
+  store: (k: number) => string,
+): string {
+  const words = COUNT / codesPerWord(bits as 2 | 4);
+  const top = `${2 ** bits - 1}.0`;
+  const all = (bounds?: string) =>
+    Array.from({ length: words }, (_, k) => `${wordText(w, bits, k, steps, bounds)}\n${store(k)}`).join("\n");
+  if (!w.unroll) {
+    return `  let wide = ${isWide};
+  let least = select(-1e6, 0.0, wide);
+  let most = select(1e6, ${top}, wide);
+  var word = 0u;
+${all("least, most")}`;
+  }
+  return `  var word = 0u;
+  if (!(${isWide})) {
+${all()}
+  } else {
+${all(`0.0, ${top}`)}
+  }`;
 }

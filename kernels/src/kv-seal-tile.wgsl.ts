@@ -12,6 +12,7 @@ import type { KvSealTemplate } from "./kv-seal.wgsl.ts";
 import {
   CODES_WGSL,
   COUNT,
+  codesText,
   divideText,
   divisionText,
   type LaneExchange,
@@ -19,7 +20,6 @@ import {
   reduceText,
   rotateText,
   tileWriter,
-  wordText,
 } from "./kv-seal-registers.wgsl.ts";
 import { TO_HALF_WGSL } from "./kv-write.wgsl.ts";
 
@@ -70,16 +70,11 @@ function keysText(template: KvSealTileTemplate): string {
   const perWord = codesPerWord(bits);
   const words = d / perWord;
   const wordsPerPart = COUNT / perWord;
-  const codes = (wide: boolean) =>
-    Array.from(
-      { length: wordsPerPart },
-      (_, k) => `${wordText(w, bits, k, (i) => `channelSteps[part * 33u + ${i}]`, wide)}
-  {
+  const store = (k: number) => `  {
     let w = part * ${wordsPerPart}u + ${k}u;
     let column = w / 4u;
     pages[head + ${layout.keyCodes}u + group * ${words * 32}u + column * 128u + token * min(4u, ${words}u - column * 4u) + w % 4u] = word;
-  }`,
-    ).join("\n");
+  }`;
   return `${loadText(w, `fromToken + kvHead * ${d / 2}u + part * 16u`, 1, format.rotated)}
 ${
   format.rotated
@@ -100,12 +95,7 @@ ${reduceText(w, d)}
   channelSteps[tid + tid / 32u] = steps;
   if (isWide(low, high, steps, ${2 ** bits - 1}.0)) { atomicStore(&anyWide, 1u); }
   workgroupBarrier();
-  var word = 0u;
-  if (atomicLoad(&anyWide) == 0u) {
-${codes(false)}
-  } else {
-${codes(true)}
-  }`;
+${codesText(w, bits, "atomicLoad(&anyWide) != 0u", (i) => `channelSteps[part * 33u + ${i}]`, store)}`;
 }
 
 function valuesText(template: KvSealTileTemplate): string {
@@ -117,12 +107,8 @@ function valuesText(template: KvSealTileTemplate): string {
   const perWord = codesPerWord(bits);
   const words = d / perWord;
   const wordsPerPart = COUNT / perWord;
-  const codes = (wide: boolean) =>
-    Array.from(
-      { length: wordsPerPart },
-      (_, k) => `${wordText(w, bits, k, () => "steps", wide)}
-  pages[head + ${layout.valueCodes}u + (quad * ${words}u + part * ${wordsPerPart}u + ${k}u) * 4u + token % 4u] = word;`,
-    ).join("\n");
+  const store = (k: number) =>
+    `  pages[head + ${layout.valueCodes}u + (quad * ${words}u + part * ${wordsPerPart}u + ${k}u) * 4u + token % 4u] = word;`;
   return `${loadText(w, `fromToken + ${planeStride}u + kvHead * ${d / 2}u + part * 16u`, 2, format.rotated)}
 ${format.rotated ? rotateText(w, d, 2) : ""}
   var low = ${w.at("x", 0)};
@@ -133,12 +119,7 @@ ${w.each(COUNT, (i) => `low = min(low, ${w.at("x", i)}); high = max(high, ${w.at
   let steps = stepsOf(both);
   let quad = group * 8u + token / 4u;
   pages[head + ${layout.valueMeta}u + (quad * ${d / COUNT}u + part) * 4u + token % 4u] = both;
-  var word = 0u;
-  if (!isWide(low, high, steps, ${2 ** bits - 1}.0)) {
-${codes(false)}
-  } else {
-${codes(true)}
-  }`;
+${codesText(w, bits, `isWide(low, high, steps, ${2 ** bits - 1}.0)`, () => "steps", store)}`;
 }
 
 /** Norms of two tokens' K over all heads, by 32 threads. */
