@@ -54,7 +54,7 @@ interface Plan {
 function planOf(template: DecodeMergeTemplate): Plan {
   const d = template.shape.headDim;
   const width = d / 8;
-  const { queries, inFlight = queries > 2 ? 2 : 4 } = template;
+  const { queries, inFlight = queries > 2 ? 2 : queries > 1 ? 4 : 8 } = template;
   return { template, d, width, slots: DECODE_MERGE_THREADS / width, queries, inFlight };
 }
 

@@ -22,8 +22,6 @@ export interface DecodePackedTemplate extends QueryRope {
   readonly exchange: LaneExchange;
   /** Unrolled text also where lanes meet in memory; for tests. */
   readonly unrolled?: boolean;
-  readonly halfSums?: boolean;
-  readonly valueRounds?: number;
 }
 
 /** Whether the kernel can hold the format and shape. */
@@ -91,11 +89,8 @@ export interface PackedPlan {
   readonly metaLanes: number;
   readonly key: Unpacking;
   readonly value: Unpacking;
-  /** Lanes that share a token's K; each has as many tokens of a group. */
-  readonly keyParts: number;
-  /** Words of K of one token that a lane takes. */
-  readonly laneWords: 2 | 4;
-  /** Vec4s of V codes of a group that a lane loads. */
+  /** Vec4s of K (V) codes of a group that a lane loads. */
+  readonly keyLoads: number;
   readonly valueLoads: number;
   readonly valueWords: number;
   /** Loops instead of unrolled text, where drivers compile slowly. */
@@ -115,8 +110,7 @@ export function packedPlan(template: DecodePackedTemplate): PackedPlan {
     metaLanes: d / 4,
     key: unpacking(format.keyBits, form),
     value: unpacking(format.valueBits, form),
-    keyParts: d / 32,
-    laneWords: (keyWords / (d / 32)) as 2 | 4,
+    keyLoads: keyWords / 4,
     valueLoads: valueWords / 4,
     valueWords,
     rolled: template.exchange === "memory" && template.unrolled !== true,

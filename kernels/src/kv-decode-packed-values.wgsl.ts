@@ -5,21 +5,21 @@ import { largest, metaText, type PackedPlan, powersText } from "./kv-decode-pack
 import { codesPerWord } from "./kv-layout.ts";
 
 /** Adds one word of a token times its weight `p{r}` to h{r}_{j}. */
-function wordProducts({ queries, value }: PackedPlan, word: string, pairs: readonly number[]): string {
-  return `${value.prepare("w", word)} ${pairs.map((j) => `let e${j} = ${value.pair("w", j)};`).join(" ")}
-        ${each(queries, (r) => pairs.map((j) => `h${r}_${j} = fma(p${r}Pair, e${j}, h${r}_${j});`).join(" "), "\n        ")}`;
+function wordProducts({ queries, value }: PackedPlan, word: string): string {
+  return `${value.prepare("w", word)} ${each(value.pairs, (j) => `let e${j} = ${value.pair("w", j)};`, " ")}
+        ${each(queries, (r) => each(value.pairs, (j) => `h${r}_${j} = fma(p${r}Pair, e${j}, h${r}_${j});`, " "), "\n        ")}`;
 }
 
 /** h{r}_{j}: weights times codes of the lane's word, in f16; then to f32 as a{r}_{j}. */
-function valueProducts(plan: PackedPlan, pairs: readonly number[]): string {
-  const { queries, valueLoads, valueWords, parts, rolled } = plan;
+function valueProducts(plan: PackedPlan): string {
+  const { queries, value, valueLoads, valueWords, parts, rolled } = plan;
   const perLoad = (32 / valueWords) * parts;
   const stored = 8 * parts;
-  const clear = each(queries, (r) => pairs.map((j) => `var h${r}_${j} = vec2<f16>();`).join(" "), " ");
+  const clear = each(queries, (r) => each(value.pairs, (j) => `var h${r}_${j} = vec2<f16>();`, " "), " ");
   const flush = each(
     queries,
     (r) =>
-      `    { let join = join${r} * vBack; ${pairs.map((j) => `a${r}_${j} = fma(vec2f(h${r}_${j}), vec2f(join), a${r}_${j});`).join(" ")} }`,
+      `    { let join = join${r} * vBack; ${each(value.pairs, (j) => `a${r}_${j} = fma(vec2f(h${r}_${j}), vec2f(join), a${r}_${j});`, " ")} }`,
   );
   if (rolled) {
     return `    { ${clear}
@@ -27,14 +27,14 @@ function valueProducts(plan: PackedPlan, pairs: readonly number[]): string {
     for (var i = 0u; i < ${valueLoads}u * params.one; i++) {
       for (var t = 0u; t < 4u * params.one; t++) {
         ${each(queries, (r) => `let p${r}Pair = vec2<f16>(bitcast<vec2<f16>>(weights[${r * stored}u + i * ${perLoad}u + valueAt][t / 2u])[t & 1u]);`, " ")}
-        ${wordProducts(plan, "valueWords[i][t]", pairs)}
+        ${wordProducts(plan, "valueWords[i][t]")}
       }
     }
 ${flush} }`;
   }
   const token = (i: number, t: number) =>
     `      { ${each(queries, (r) => `let p${r}Pair = vec2<f16>(w${r}${t >> 1}.${"xy"[t & 1]});`, " ")}
-        ${wordProducts(plan, `cValue${i}.${"xyzw"[t]}`, pairs)} }`;
+        ${wordProducts(plan, `cValue${i}.${"xyzw"[t]}`)} }`;
   return `    { ${clear}
 ${each(
   valueLoads,
@@ -48,9 +48,7 @@ ${flush} }`;
 
 /** Joins the group to the running sums: a{r}_{j}, z{r}, total{r}, top{r}. */
 export function valuePhase(plan: PackedPlan): string {
-  const { queries, value, parts, template } = plan;
-  const rounds = template.valueRounds ?? 1;
-  const pairsOf = (round: number) => range(value.pairs / rounds).map((i) => i + (round * value.pairs) / rounds);
+  const { queries, value, parts } = plan;
   return `    ${metaText("v", "cValueMeta", value.base)}
     ${powersText("v", largest("vScale"), value)}
     let vRaised = vScale * vRaise;
@@ -65,12 +63,10 @@ ${each(
       weights[${r * 8 * parts}u + metaLane] = vec2u(bitcast<u32>(vec2<f16>(x.xy)), bitcast<u32>(vec2<f16>(x.zw))); }`,
 )}
     workgroupBarrier();
-${range(rounds)
-  .map((i) => valueProducts(plan, pairsOf(i)))
-  .join("\n")}`;
+${valueProducts(plan)}`;
 }
 
-/** Writes the split's partials. */
+/** Writes the finished split's partials and clears the sums. */
 export function storePartials(plan: PackedPlan): string {
   const { template, d, queries, value, valueWords, parts } = plan;
   const { heads, shape, format } = template;
@@ -108,11 +104,12 @@ ${each(
         ${scatter(r)}
         ${each(3, (i) => `z${r} += laneXor(z${r}, ${parts << i}u, lane);`, " ")}
         let zero = laneRead(z${r}, (lane % ${valueWords}u) * ${perWord}u / 32u, lane); let total = laneSum(total${r}, lane);
-        let out = ((wid.z * ${heads}u + head${r}) * params.splits + wid.x) * ${d + 2}u;
+        let out = ((wid.z * ${heads}u + head${r}) * params.splits + split) * ${d + 2}u;
         ${when(
           r,
           `${each(left, (i) => `partials[out + outChannel + ${i}u] = o${last}_${i}.x + zero; partials[out + outChannel + ${i + value.pairs}u] = o${last}_${i}.y + zero;`, " ")}
         if (lane == 0u) { partials[out + ${d}u] = top${r}; partials[out + ${d + 1}u] = total; }`,
-        )} }`,
+        )}
+        top${r} = -1.0e30; total${r} = 0.0; z${r} = 0.0; ${each(value.pairs, (j) => `a${r}_${j} = vec2f();`, " ")} }`,
 )}`;
 }

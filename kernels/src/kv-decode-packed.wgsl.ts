@@ -1,10 +1,9 @@
 /**
  * WGSL of the decode split with packed f16 multiply-adds. A workgroup is 32 lanes: it takes some queries of one KV head
- * of one row over one split, a group of 32 tokens at a time, and writes a partial for each query.
+ * of one row over some consecutive splits, a group of 32 tokens at a time, and writes one partial a split and query.
  *
- * logit = sum (q scale) code + sum q zero. q scale is folded once a group, 4 channels a lane, and read back from workgroup
- * memory, whose bandwidth is what limits: so D / 32 lanes share a token, each has its words of as many tokens, and the
- * parts of a logit meet by shuffles, one token a lane. output = sum (p scale) code + sum p zero: lane = one word of V codes of four tokens.
+ * logit = sum (q scale) code + sum q zero: lane = token; q scale is folded once a group, 4 channels a lane, and read back
+ * from workgroup memory by all. output = sum (p scale) code + sum p zero: lane = one word of V codes of four tokens.
  *
  * A code masked in place, as a pair of f16, is the subnormal code * 2^(place - 24): two codes for one AND. Powers of two
  * that undo the places join q (or the finished output). Where a driver flushes subnormals, the code goes below the
@@ -23,24 +22,20 @@ import { codesPerWord, kvPageLayout } from "./kv-layout.ts";
 import { queryRopeWgsl } from "./kv-query-rope.wgsl.ts";
 
 /** Names of what a group's loads fill. */
-function loadNames({ keyParts, valueLoads, template }: PackedPlan): readonly string[] {
-  const names = [...range(keyParts).map((i) => `Key${i}`), "KeyMeta", ...range(valueLoads).map((i) => `Value${i}`)];
+function loadNames({ keyLoads, valueLoads, template }: PackedPlan): readonly string[] {
+  const names = [...range(keyLoads).map((i) => `Key${i}`), "KeyMeta", ...range(valueLoads).map((i) => `Value${i}`)];
   return [...names, "ValueMeta", ...(template.format.rotated ? ["Norm"] : [])];
 }
 
 /** Loads group `g` of the sequence, whose page is `page`, into n*. */
-function loads({ template, d, keyParts, laneWords, valueLoads }: PackedPlan, g: string, page: string): string {
+function loads({ template, d, keyLoads, valueLoads }: PackedPlan, g: string, page: string): string {
   const { format, shape } = template;
   const layout = kvPageLayout(format, shape);
-  const norm = `pages[${page} * ${layout.page / 4}u + ${layout.norms / 4}u + group * 4u + token / 8u][(token / 2u) & 3u]`;
-  const words = keyParts * laneWords;
-  const perVector = 4 / laneWords;
-  const key = (i: number) =>
-    `${laneWords === 2 ? "keyPages" : "pages"}[at * ${perVector}u + group * ${words * 8 * perVector}u + ${(i * 32 * perVector) / keyParts}u + keyAt]`;
+  const norm = `pages[${page} * ${layout.page / 4}u + ${layout.norms / 4}u + group * 4u + lane / 8u][(lane / 2u) & 3u]`;
   return `    { let group = ${g} % ${shape.blockTokens / KV_GROUP}u; let at = ${page} * ${layout.page / 4}u + kvHead * ${layout.head / 4}u;
-      let valueAt = at + ${layout.valueCodes / 4}u + group * ${valueLoads * 32}u + lane;
+      let keyAt = at + group * ${keyLoads * 32}u + lane; let valueAt = at + ${layout.valueCodes / 4}u + group * ${valueLoads * 32}u + lane;
       let metaAt = at + group * ${d / 4}u + metaLane;
-      ${each(keyParts, (i) => `nKey${i} = ${key(i)};`, " ")} nKeyMeta = pages[metaAt + ${layout.keyMeta / 4}u];
+      ${each(keyLoads, (i) => `nKey${i} = pages[keyAt + ${i * 32}u];`, " ")} nKeyMeta = pages[metaAt + ${layout.keyMeta / 4}u];
       ${each(valueLoads, (i) => `nValue${i} = pages[valueAt + ${i * 32}u];`, " ")} nValueMeta = pages[metaAt + ${layout.valueMeta / 4}u];
       ${format.rotated ? `nNorm = ${norm};` : ""} }`;
 }
@@ -70,14 +65,10 @@ ${each(
 }
 
 function declarations(plan: PackedPlan): string {
-  const { queries, value, laneWords } = plan;
+  const { queries, value } = plan;
   return `${each(queries, (r) => `  var top${r} = -1.0e30; var total${r} = 0.0; var z${r} = 0.0; ${each(value.pairs, (j) => `var a${r}_${j} = vec2f();`, " ")}`)}
   ${loadNames(plan)
-    .map((name) =>
-      name === "Norm"
-        ? "var nNorm = 0u;"
-        : `var n${name} = ${/^Key\d/.test(name) && laneWords === 2 ? "vec2u" : "vec4u"}();`,
-    )
+    .map((name) => (name === "Norm" ? "var nNorm = 0u;" : `var n${name} = vec4u();`))
     .join(" ")}`;
 }
 
@@ -92,29 +83,24 @@ ${laneDirectives(template.exchange)}
 @group(0) @binding(3) var<storage, read> pageTable: array<u32>;
 @group(0) @binding(4) var<storage, read_write> partials: array<f32>;
 @group(0) @binding(5) var<storage, read> ropeTable: array<vec2f>;
-@group(0) @binding(6) var<storage, read> keyPages: array<vec2u>;
 ${DECODE_SPLIT_STEP}
-// q scale as f16 pairs in the order of K's words, a vec4 of padding after each lane's share; p of 32 tokens; p scale as four tokens' f16 a (quad, 32 channels).
-var<workgroup> folded: array<vec4u, ${queries * (d / 8 + plan.keyParts)}>;
+// q scale as f16 pairs in the order of K's words; p of 32 tokens; p scale as four tokens' f16 a (quad, 32 channels).
+var<workgroup> folded: array<vec4u, ${(queries * d) / 8}>;
 var<workgroup> probs: array<vec4f, ${queries * 8}>;
 var<workgroup> weights: array<vec2u, ${queries * 8 * parts}>;
 ${laneFunctions(template.exchange)}
-fn laneXorHalves(x: vec2<f16>, mask: u32, lane: u32) -> vec2<f16> { return bitcast<vec2<f16>>(laneXor(bitcast<f32>(x), mask, lane)); }
 ${queryRopeWgsl(template)}`;
 }
 
 /**
- * Bindings: qkv f32, pages, rows, pageTable, partials, ropeTable, pages again. Immediates: {@link DECODE_SPLIT_STEP}. Grid:
- * splits of the longest row, kvHeads × tiles of queries, rows.
+ * Bindings: qkv f32, pages, rows, pageTable, partials, ropeTable. Immediates: {@link DECODE_SPLIT_STEP}. Grid: splits of
+ * the longest row over walk, kvHeads × tiles of queries, rows.
  */
 export function decodePackedWgsl(template: DecodePackedTemplate): string {
   const plan = packedPlan(template);
   const { shape, maxPages, heads, queries } = template;
   const { tiles } = queryTiles(heads / shape.kvHeads, queries);
-  const { metaLanes, valueWords, parts, keyParts, laneWords } = plan;
-  const tokenLane = `(lane / ${keyParts}u)`;
-  const keyLane =
-    laneWords === 2 ? `(keyPart / 2u) * 64u + ${tokenLane} * 2u + keyPart % 2u` : `keyPart * 32u + ${tokenLane}`;
+  const { metaLanes, valueWords, parts } = plan;
   const perWord = codesPerWord(template.format.valueBits);
   const pageGroups = shape.blockTokens / KV_GROUP;
   const names = loadNames(plan);
@@ -126,20 +112,14 @@ export function decodePackedWgsl(template: DecodePackedTemplate): string {
   let position = rows[row].x + params.step;
   let slot = rows[row].y;
   let sealed = position - position % ${shape.residualTokens}u;
-  let start = wid.x * params.splitTokens;
+  var split = wid.x * params.walk;
+  let start = split * params.splitTokens;
   if (start >= sealed) { return; }
+  let splitGroups = params.splitTokens / 32u;
   // Groups of the sequence: the first and the one after the last.
   let first = start / 32u;
-  let end = min(start + params.splitTokens, sealed) / 32u;
+  let end = min(start + params.walk * params.splitTokens, sealed) / 32u;
   let metaLane = lane & ${metaLanes - 1}u;
-  // K: the lane's share of a token's words, where it begins in a group, and the token whose logit it ends up with.
-  let keyPart = lane % ${keyParts}u;
-  let keyAt = ${keyLane};
-  let foldedAt = keyPart * ${(plan.d / 8) / keyParts + 1}u;
-  let token = keyPart * ${32 / keyParts}u + lane / ${keyParts}u;
-  ${range(Math.log2(keyParts))
-    .map((bit) => `let keyOdd${1 << bit} = (lane & ${1 << bit}u) != 0u;`)
-    .join(" ")}
   // Weights of the lane's word in its first vec4: (quad, part).
   let valueAt = (lane / ${valueWords}u) * ${parts}u + (lane % ${valueWords}u) * ${perWord}u / 32u;
 ${declarations(plan)}
@@ -148,6 +128,7 @@ ${loads(plan, "first", "nextPage")}
   nextPage = ${pageOf("min(first + 1u, end - 1u)")};
 ${loadQueries(plan)}
 ${placeFactors(plan)}
+  var left = splitGroups;
   for (var g = first; g < end; g++) {
     ${names.map((name) => `let c${name} = n${name};`).join(" ")}
     // The next group's bytes travel while this one is worked on; the page of the one after that is known in time.
@@ -156,7 +137,12 @@ ${loads(plan, "following", "nextPage")}
     nextPage = ${pageOf("min(g + 2u, end - 1u)")};
 ${keyPhase(plan)}
 ${valuePhase(plan)}
-  }
+    left--;
+    if (left == 0u || g + 1u == end) {
 ${storePartials(plan)}
+      left = splitGroups;
+      split++;
+    }
+  }
 }`;
 }

@@ -6,10 +6,10 @@ export function queryTiles(queriesPerKvHead: number, most: number): { queries: n
   return { queries: Math.ceil(queriesPerKvHead / tiles), tiles };
 }
 
-/** Words of the immediate block: one, firstRow, step, splitTokens, splits. */
-export const DECODE_SPLIT_IMMEDIATES = 5;
+/** Words of the immediate block: one, firstRow, step, splitTokens, splits, walk (consecutive splits of a workgroup). */
+export const DECODE_SPLIT_IMMEDIATES = 6;
 
 /** Text of the immediate block of all split kernels. */
 export const DECODE_SPLIT_STEP = `
-struct Step { one: u32, firstRow: u32, step: u32, splitTokens: u32, splits: u32 }
+struct Step { one: u32, firstRow: u32, step: u32, splitTokens: u32, splits: u32, walk: u32 }
 var<immediate> params: Step;`;

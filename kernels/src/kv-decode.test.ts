@@ -152,9 +152,9 @@ test("keys and values beyond f16 are flagged in their slot", async () => {
 });
 
 test("splits: fixed by position in invariant, by the batch in fast; tiles as equal as they can be", () => {
-  expect(planSplits("invariant", 1, 4096)).toEqual({ ...planSplits("invariant", 9999, 4096) });
-  expect(planSplits("fast", 2048, 4096).splits).toBeLessThan(planSplits("fast", 8, 4096).splits);
-  expect(planSplits("fast", 1, 100).splits).toBe(1);
+  expect(planSplits("invariant", 128, 1, 4096)).toEqual(planSplits("invariant", 128, 9999, 4096));
+  expect(planSplits("fast", 128, 2048, 4096).splits).toBeLessThan(planSplits("fast", 128, 8, 4096).splits);
+  expect(planSplits("fast", 64, 1, 100).splits).toBe(1);
   expect(queryTiles(71, 4)).toEqual({ queries: 4, tiles: 18 });
   expect(queryTiles(5, 4)).toEqual({ queries: 3, tiles: 2 });
 });

@@ -54,8 +54,8 @@ export interface BoundDecodeAttention {
 /** Most bytes of split partials; longer batches are encoded in several rounds. */
 const PARTIALS_LIMIT = 64 << 20;
 
-/** Sealed tokens of a split where a row's bits must not depend on the rest of the batch. */
-const INVARIANT_SPLIT_TOKENS = 512;
+/** Sealed tokens of a split where a row's bits must not depend on the rest of the batch: it follows from the model alone. */
+const invariantSplit = (headDim: number) => (headDim > 64 ? 512 : 256);
 
 /** Sealed tokens of a split at least, where splits follow the batch. */
 const SHORTEST_SPLIT = 128;
@@ -63,9 +63,11 @@ const SHORTEST_SPLIT = 128;
 /** Workgroups of a dispatch above which more splits do not pay. */
 const ENOUGH_WORKGROUPS = 8192;
 
-/** Query heads of a workgroup at most. */
-const SPLIT_QUERIES = 4;
+/** Query heads of a workgroup of the merge at most. */
 const MERGE_QUERIES = 4;
+
+/** Query heads of a workgroup of the split at most: more share unpacked codes, but their sums take registers. */
+const splitQueries = (headDim: number) => (headDim > 64 ? 2 : 4);
 
 /** How the sealed tokens of a step's rows are shared out. */
 export interface SplitPlan {
@@ -76,14 +78,14 @@ export interface SplitPlan {
 }
 
 /** @param groups workgroups that share a split's tokens: rows × KV heads × tiles of queries. */
-export function planSplits(numerics: "invariant" | "fast", groups: number, sealed: number): SplitPlan {
+export function planSplits(numerics: "invariant" | "fast", headDim: number, groups: number, sealed: number): SplitPlan {
   if (numerics === "fast") {
     const wanted = Math.max(1, Math.ceil(ENOUGH_WORKGROUPS / groups));
     const splitTokens = Math.ceil(Math.max(sealed / wanted, SHORTEST_SPLIT) / 128) * 128;
     return { splitTokens, splits: Math.max(1, Math.ceil(sealed / splitTokens)) };
   }
-  const splits = Math.max(1, Math.ceil(sealed / INVARIANT_SPLIT_TOKENS));
-  return { splitTokens: INVARIANT_SPLIT_TOKENS, splits };
+  const splitTokens = invariantSplit(headDim);
+  return { splitTokens, splits: Math.max(1, Math.ceil(sealed / splitTokens)) };
 }
 
 /** Whether a workgroup of 32 threads is one subgroup. */
@@ -139,7 +141,7 @@ async function createFused(common: Common, variant: "packed" | "half"): Promise<
   const gqa = heads / shape.kvHeads;
   const exchange = hasSubgroupsOf32(gpu) ? "subgroup" : "memory";
   const rope = { ropeDim, ropeLayout };
-  const split = queryTiles(gqa, SPLIT_QUERIES);
+  const split = queryTiles(gqa, splitQueries(shape.headDim));
   const merge = queryTiles(gqa, MERGE_QUERIES);
   const base = { ...rope, shape, heads, scale, exchange } as const;
   if (!(variant === "half" ? decodeHalfSupports : decodePackedSupports)(format, shape)) {
@@ -162,7 +164,7 @@ async function createFused(common: Common, variant: "packed" | "half"): Promise<
     cachedKernel(gpu, {
       label: `${label} split`,
       code: splitCode,
-      bindings: BINDINGS(variant === "packed" ? "rrrrwrr" : "rrrrwr"),
+      bindings: BINDINGS("rrrrwr"),
       immediateBytes: DECODE_SPLIT_IMMEDIATES * 4,
     }),
     cachedKernel(gpu, {
@@ -172,7 +174,7 @@ async function createFused(common: Common, variant: "packed" | "half"): Promise<
       immediateBytes: DECODE_MERGE_IMMEDIATES * 4,
     }),
   ]);
-  const shortest = numerics === "fast" ? SHORTEST_SPLIT : INVARIANT_SPLIT_TOKENS;
+  const shortest = numerics === "fast" ? SHORTEST_SPLIT : invariantSplit(shape.headDim);
   const partials = createPartials(common, Math.ceil(maxPositions / shortest));
   const capacity = Math.floor(partials.size / partialBytes(options));
   return {
@@ -181,20 +183,19 @@ async function createFused(common: Common, variant: "packed" | "half"): Promise<
     destroy: () => partials.destroy(),
     bind({ qkv, pages, residual, output }) {
       const { decodeRows, pageTable, ropeTable, status } = tables;
-      const splitBuffers = [qkv, pages, decodeRows, pageTable, partials, ropeTable];
-      const boundSplit = splitKernel.bind(variant === "packed" ? [...splitBuffers, pages] : splitBuffers);
+      const boundSplit = splitKernel.bind([qkv, pages, decodeRows, pageTable, partials, ropeTable]);
       const boundMerge = mergeKernel.bind([qkv, residual, decodeRows, partials, output, ropeTable, status]);
       const splitWords = new Uint32Array(DECODE_SPLIT_IMMEDIATES);
       const mergeWords = new Uint32Array(DECODE_MERGE_IMMEDIATES);
       return {
         encode(pass, plan) {
           const groups = plan.rows * shape.kvHeads * split.tiles;
-          const { splitTokens, splits } = planSplits(numerics, groups, plan.sealed);
+          const { splitTokens, splits } = planSplits(numerics, shape.headDim, groups, plan.sealed);
           const perRound = Math.max(1, Math.floor(capacity / splits));
           for (let first = 0; first < plan.rows; first += perRound) {
             const rows = Math.min(perRound, plan.rows - first);
             if (plan.sealed > 0) {
-              splitWords.set([1, first, plan.step, splitTokens, splits]);
+              splitWords.set([1, first, plan.step, splitTokens, splits, 1]);
               boundSplit.encode(pass, splitWords, [splits, shape.kvHeads * split.tiles, rows]);
             }
             mergeWords.set([1, first, plan.step, splitTokens, splits]);
