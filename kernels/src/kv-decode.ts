@@ -63,8 +63,8 @@ const SHORTEST_SPLIT = 128;
 /** Workgroups of a dispatch above which more splits do not pay. */
 const ENOUGH_WORKGROUPS = 8192;
 
-/** Query heads of a workgroup of the merge at most. */
-const MERGE_QUERIES = 4;
+/** Query heads of a workgroup of the merge at most: their states lie in workgroup memory, which limits workgroups at a time. */
+const MERGE_QUERIES = 2;
 
 /** Query heads of a workgroup of the split at most: more share unpacked codes, but their sums take registers. */
 const splitQueries = (headDim: number) => (headDim > 64 ? 2 : 4);
