@@ -3,6 +3,7 @@ import { each, range } from "./kv-attention-template.ts";
 import { DECODE_MATRIX_THREADS, FACTOR_LINES } from "./kv-decode-matrix-dialect.ts";
 import {
   fields,
+  KEY_CHANNELS,
   type Plan,
   placeOf,
   QUERY_LIMIT,
@@ -63,7 +64,7 @@ export function keyLoads({ template, d }: Plan, g: string): string {
 /** The lane's token of K codes of one round, a byte each, to workgroup memory. */
 function storeKeys({ template, keyStride, codes }: Plan, round: number): string {
   const bits = template.format.keyBits;
-  const words = template.keyChannels / codesPerWord(bits);
+  const words = KEY_CHANNELS / codesPerWord(bits);
   const word = (i: number) => `kCode${Math.floor((round * words + i) / 4)}.${"xyzw"[(round * words + i) % 4]}`;
   // A vec4 of bytes is one word of 2-bit codes, or two of 4-bit codes.
   const perVector = bits === 2 ? 1 : 2;
@@ -120,14 +121,14 @@ export const keyVariables = ({ queries }: Plan) =>
 export function keyGroup(plan: Plan): string {
   const { template, d, queries, tiles, keyStride, queryStride, factors, codes, zeros, dialect } = plan;
   const { rotated } = template.format;
-  const perRound = template.keyChannels / 32;
+  const perRound = KEY_CHANNELS / 32;
   return `    let following = min(g + 1u, count - 1u);
 ${keyLoads(plan, "following")}
     ${storeKeys(plan, 0)}
 ${foldQueries(plan)}
     ${each(tiles * 2, (i) => `var sum${i} = ${dialect.zero("i8")};`, " ")}
 ${each(
-  d / template.keyChannels,
+  d / KEY_CHANNELS,
   (round) => `${round === 0 ? "" : `    workgroupBarrier();\n    ${storeKeys(plan, round)}\n`}    workgroupBarrier();
 ${each(perRound, (depth) => {
   const k = round * perRound + depth;

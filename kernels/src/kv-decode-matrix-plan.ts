@@ -21,17 +21,13 @@ export interface DecodeMatrixModel extends QueryRope {
   readonly dialect: "device" | "emulated";
 }
 
-/** How the kernel goes about it: the same results up to rounding. */
-export interface DecodeMatrixTuning {
+export interface DecodeMatrixTemplate extends DecodeMatrixModel {
   /** Query heads of one workgroup, at most heads / kvHeads. */
   readonly queries: number;
-  /** Channels of K that are staged at once: 32 or 64. */
-  readonly keyChannels: 32 | 64;
-  /** Codes of V that are staged at once: two parts of a load, or halves of the channels of all parts. */
-  readonly valueRounds: "pairs" | "halves";
 }
 
-export interface DecodeMatrixTemplate extends DecodeMatrixModel, DecodeMatrixTuning {}
+/** Channels of K that are staged at once: 32 were slower, 128 leave fewer workgroups an SM. */
+export const KEY_CHANNELS = 64;
 
 /** Largest folded query as an integer: leaves room for the borrow of signed low bytes. */
 export const QUERY_LIMIT = 32000;
@@ -78,21 +74,16 @@ export interface Plan {
 }
 
 export function planOf(template: DecodeMatrixTemplate): Plan {
-  const { shape, queries, keyChannels } = template;
+  const { shape, queries } = template;
   const d = shape.headDim;
   const tiles = Math.ceil(queries / TILE_QUERIES);
   const parts = d / KV_GROUP;
-  const keyStride = keyChannels / 16 + 1;
+  const keyStride = KEY_CHANNELS / 16 + 1;
   const queryStride = d / 16 + 1;
   const weightPart = tiles * FACTOR_LINES * WEIGHT_STRIDE + 2;
   const sumSize = tiles * 32 * SUM_STRIDE;
   const codes = 0;
-  const factors = Math.max(
-    32 * keyStride,
-    (template.valueRounds === "halves" ? parts : 2) * VALUE_TILE,
-    sumSize,
-    queries * 8,
-  );
+  const factors = Math.max(32 * keyStride, 2 * VALUE_TILE, sumSize, queries * 8);
   const zeros = factors + Math.max(tiles * FACTOR_LINES * queryStride, parts * weightPart);
   const stagedSize = zeros + 2 * Math.ceil(queries / 4);
   const partsAtOnce = 2 ** Math.floor(Math.log2(Math.min(parts, zeros / sumSize)));

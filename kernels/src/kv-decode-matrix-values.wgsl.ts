@@ -1,9 +1,8 @@
-/** WGSL of the decode matrix kernel: softmax over a segment of groups, products with V, and the partial. */
+/** WGSL of the decode matrix kernel: softmax, products with V, and the partial. */
 import { each, range } from "./kv-attention-template.ts";
 import { FACTOR_LINES } from "./kv-decode-matrix-dialect.ts";
 import {
   CODE_STRIDE,
-  type DecodeMatrixTemplate,
   type Plan,
   placeOf,
   SUM_STRIDE,
@@ -18,9 +17,6 @@ import {
 } from "./kv-decode-matrix-plan.ts";
 import { KV_GROUP } from "./kv-format.ts";
 import { codesPerWord, kvPageLayout } from "./kv-layout.ts";
-
-const quads = ({ valueRounds }: DecodeMatrixTemplate) => valueRounds === "halves";
-const loadWords = ({ shape, format }: DecodeMatrixTemplate) => shape.headDim / codesPerWord(format.valueBits);
 
 /** Vec4 loads of a lane for a group of V codes: each is four words of 8 quads of tokens. */
 const loadsOf = ({ template, d }: Plan) => d / codesPerWord(template.format.valueBits) / 4;
@@ -40,11 +36,8 @@ export function valueLoads(plan: Plan): string {
   const { template, d } = plan;
   const words = d / codesPerWord(template.format.valueBits);
   const layout = kvPageLayout(template.format, template.shape);
-  const first = quads(template)
-    ? `(lane / ${words}u) * ${(words / 4) * words}u + lane % ${words}u`
-    : `quad * ${words}u + word`;
-  return `    let valueCodes = kHead + ${layout.valueCodes / 4}u + kGroup * ${words * 8}u + ${first};
-    ${each(loadsOf(plan), (c) => `let vCode${c} = pages[valueCodes + ${c * (quads(template) ? words : 4)}u];`, " ")}`;
+  return `    let valueCodes = kHead + ${layout.valueCodes / 4}u + kGroup * ${words * 8}u + quad * ${words}u + word;
+    ${each(loadsOf(plan), (c) => `let vCode${c} = pages[valueCodes + ${c * 4}u];`, " ")}`;
 }
 
 /**
@@ -92,14 +85,6 @@ const transposed = (
  * part, and a round all of it.
  */
 function roundsOf(plan: Plan, c: number) {
-  if (quads(plan.template)) {
-    const words = plan.template.format.valueBits === 2 ? 2 : 4;
-    if (c > 0) return [];
-    return [0, 1].map((half) => ({
-      places: range(16 / words).map((i) => ({ code: (16 / words) * half + i, line: i * words })),
-      tiles: range(plan.parts).map((part) => ({ part, half, offset: part * VALUE_TILE })),
-    }));
-  }
   if (plan.template.format.valueBits === 4) {
     return [
       {
@@ -115,30 +100,13 @@ function roundsOf(plan: Plan, c: number) {
 }
 
 /** Text: the vec4 where the lane's first code of a round lies. */
-export const valueLanePlace = ({ template }: Plan) => {
-  const bits = template.format.valueBits;
-  if (quads(template)) {
-    const words = bits === 2 ? 2 : 4;
-    return `(lane % ${loadWords(template)}u / ${words}u) * ${VALUE_TILE}u + (lane % ${words}u) * ${CODE_STRIDE}u`;
-  }
-  return lanePlace(bits);
-};
-
-const lanePlace = (bits: number) =>
+export const valueLanePlace = (bits: number) =>
   bits === 4
     ? `(2u * (word >> 1u) + 4u * (word & 1u)) * ${CODE_STRIDE}u`
     : `(word >> 1u) * ${VALUE_TILE}u + (word & 1u) * ${4 * CODE_STRIDE}u`;
 
 /** Text: channel of its part that the lane's sum belongs to: the lane is a line of both tiles. */
-const laneChannel = (template: DecodeMatrixTemplate) => {
-  const bits = template.format.valueBits;
-  if (!quads(template)) return pairChannel(bits);
-  return bits === 4
-    ? "(lane & 3u) * 8u + (lane >> 4u) * 4u + ((lane >> 2u) & 3u)"
-    : "(lane & 1u) * 16u + (lane >> 4u) * 8u + ((lane >> 1u) & 7u)";
-};
-
-const pairChannel = (bits: number) =>
+const laneChannel = (bits: number) =>
   bits === 4
     ? "(((lane >> 2u) & 1u) + 2u * ((lane >> 1u) & 1u)) * 8u + (lane & 1u) + 2u * (lane >> 3u)"
     : "((lane >> 2u) & 1u) * 16u + (lane >> 4u) * 8u + (lane & 3u) + 4u * ((lane >> 3u) & 1u)";
@@ -171,19 +139,10 @@ export function valueGroup(plan: Plan): string {
   const rounds = range(loadsOf(plan)).flatMap((c) =>
     roundsOf(plan, c).map((round, i) => ({ ...round, c, first: i === 0 })),
   );
-  const field = (c: number, code: number) => {
+  const store = (c: number, { code, line }: { code: number; line: number }) => {
     const perByte = 8 / bits;
     const mask = (((1 << bits) - 1) << (bits * (code % perByte))) * 0x01010101;
-    return `(b${Math.floor(code / perByte)}_${c} & 0x${mask.toString(16)}u)`;
-  };
-  const store = (c: number, { code, line }: { code: number; line: number }) => {
-    const at = `staged[valueAt + ${line * CODE_STRIDE}u]`;
-    if (!quads(template)) return `${at}[quad & 3u] = ${field(c, code)};`;
-    if (loadsOf(plan) === 4)
-      return `${at} = vec4u(${range(4)
-        .map((load) => field(load, code))
-        .join(", ")});`;
-    return each(loadsOf(plan), (load) => `${at}[(quad & 3u) + ${load}u] = ${field(load, code)};`, " ");
+    return `staged[valueAt + ${line * CODE_STRIDE}u][quad & 3u] = b${Math.floor(code / perByte)}_${c} & 0x${mask.toString(16)}u;`;
   };
   const loadFactors = (part: number) =>
     each(tiles, (t) =>
@@ -196,12 +155,7 @@ export function valueGroup(plan: Plan): string {
   return `${foldWeights(plan)}
 ${rounds
   .map(
-    ({
-      places,
-      tiles: codeTiles,
-      c,
-      first,
-    }) => `    ${first ? (quads(template) ? each(loadsOf(plan), transposed, "\n    ") : transposed(c)) : ""}
+    ({ places, tiles: codeTiles, c, first }) => `    ${first ? transposed(c) : ""}
     ${places.map((place) => store(c, place)).join("\n    ")}
     workgroupBarrier();
     ${first ? [...new Set(codeTiles.map(({ part }) => part))].map(loadFactors).join(" ") : ""}
@@ -240,11 +194,7 @@ export function addOutputs(plan: Plan): string {
 }
 
 /** Text: one over the place of the lane's channel in its byte, a power of two. */
-export function placeFactor({ template }: Plan): string {
-  const bits = template.format.valueBits;
-  const code = quads(template) ? `(lane >> ${bits === 4 ? 2 : 1}u)` : "lane";
-  return `bitcast<f32>((127u - ${bits}u * (${code} & ${8 / bits - 1}u)) << 23u)`;
-}
+export const placeFactor = (bits: number) => `bitcast<f32>((127u - ${bits}u * (lane & ${8 / bits - 1}u)) << 23u)`;
 
 /** Sums over lanes, and the partial of each query: D outputs, maximum (log2), sum. */
 export function storePartials(plan: Plan): string {
@@ -253,7 +203,7 @@ export function storePartials(plan: Plan): string {
   const gqa = heads / shape.kvHeads;
   const exact = gqa % queries === 0;
   const when = (r: number, text: string) => (exact || r === 0 ? text : `if (firstQuery + ${r}u < ${gqa}u) { ${text} }`);
-  return `  let outChannel = ${laneChannel(template)};
+  return `  let outChannel = ${laneChannel(template.format.valueBits)};
 ${each(
   queries,
   (r) => `  ${each(3, (i) => `zeros${r} += bitcast<f32>(laneXor(bitcast<u32>(zeros${r}), ${parts << i}u, lane));`, " ")}

@@ -6,6 +6,7 @@ import { attentionReference, ropeReference } from "./kv-attention.reference.ts";
 import {
   type DecodeMatrixTemplate,
   decodeMatrixSupports,
+  decodeMatrixTemplate,
   decodeMatrixTiles,
   decodeMatrixWgsl,
 } from "./kv-decode-matrix.wgsl.ts";
@@ -29,17 +30,14 @@ interface Case {
   readonly heads: number;
   readonly kvHeads: number;
   readonly queries: number;
-  readonly keyChannels: 32 | 64;
-  readonly valueRounds: "pairs" | "halves";
 }
 
-// Two widths of codes on either side, rotation, ragged tiles of queries, both sizes of rounds.
+// Two widths of codes on either side, rotation, ragged tiles of queries, two operands of queries, two rounds of K.
 const CASES: readonly Case[] = [
-  { format: "kivi2r", headDim: 64, heads: 3, kvHeads: 1, queries: 2, keyChannels: 32, valueRounds: "pairs" },
-  { format: "kivi-k4v2", headDim: 64, heads: 2, kvHeads: 1, queries: 2, keyChannels: 64, valueRounds: "halves" },
-  { format: "kivi-k2v4", headDim: 64, heads: 5, kvHeads: 1, queries: 5, keyChannels: 64, valueRounds: "pairs" },
-  { format: "kivi-k2v4", headDim: 128, heads: 1, kvHeads: 1, queries: 1, keyChannels: 32, valueRounds: "halves" },
-  { format: "kivi2", headDim: 128, heads: 2, kvHeads: 2, queries: 1, keyChannels: 64, valueRounds: "pairs" },
+  { format: "kivi2r", headDim: 64, heads: 3, kvHeads: 1, queries: 2 },
+  { format: "kivi-k4v2", headDim: 64, heads: 2, kvHeads: 1, queries: 2 },
+  { format: "kivi-k2v4", headDim: 64, heads: 5, kvHeads: 1, queries: 5 },
+  { format: "kivi2", headDim: 128, heads: 2, kvHeads: 2, queries: 1 },
 ];
 
 const BLOCK = 64;
@@ -128,13 +126,9 @@ class Batch {
       buildRopeTable({ ropeDim: this.template.ropeDim, theta: THETA, maxPositions: MAX_POSITIONS }),
     );
     const bound = this.#kernel.bind([...buffers, partials.buffer, ropeTable]);
-    submitPass(gpu, (pass) =>
-      bound.encode(pass, new Uint32Array([1, 0, step, splitTokens, splits]), [
-        splits,
-        decodeMatrixTiles(this.template),
-        rows.length,
-      ]),
-    );
+    const immediates = new Uint32Array(DECODE_SPLIT_IMMEDIATES).fill(1);
+    immediates.set([1, 0, step, splitTokens, splits]);
+    submitPass(gpu, (pass) => bound.encode(pass, immediates, [splits, decodeMatrixTiles(this.template), rows.length]));
     const result = new Float32Array(await partials.read());
     for (const buffer of [...buffers, ropeTable, partials.buffer]) buffer.destroy();
     return result;
@@ -185,8 +179,6 @@ function template(c: Case, random: Random): DecodeMatrixTemplate {
     ropeDim: c.headDim / 2,
     ropeLayout: random.pick(["half", "interleaved"]),
     dialect: "emulated",
-    keyChannels: c.keyChannels,
-    valueRounds: c.valueRounds,
   };
 }
 
@@ -236,5 +228,17 @@ describe("decode split on 8-bit matrices, written out", () => {
     expect(decodeMatrixSupports(kvFormat("f16"), shape, 16)).toBe(false);
     expect(decodeMatrixSupports(kvFormat("kivi2"), { ...shape, headDim: 96 }, 16)).toBe(false);
     expect(decodeMatrixSupports(kvFormat("kivi2"), shape, 8)).toBe(false);
+  });
+
+  test.each([
+    [71, 1, 8, 9],
+    [64, 8, 8, 8],
+    [28, 4, 7, 4],
+    [40, 4, 5, 8],
+  ])("tiles of %i query heads of %i KV heads", (heads, kvHeads, queries, tiles) => {
+    const c = { format: "kivi2", headDim: 64, heads, kvHeads, queries: 1 };
+    const tiled = decodeMatrixTemplate(template(c, seededRandom("tiles")));
+    expect(tiled.queries).toBe(queries);
+    expect(decodeMatrixTiles(tiled)).toBe(tiles);
   });
 });

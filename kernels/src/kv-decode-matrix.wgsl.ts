@@ -34,10 +34,7 @@ import type { KvFormat, KvShape } from "./kv-format.ts";
 import { codesPerWord, kvPageLayout } from "./kv-layout.ts";
 import { queryRopeWgsl } from "./kv-query-rope.wgsl.ts";
 
-export type { DecodeMatrixModel, DecodeMatrixTemplate, DecodeMatrixTuning } from "./kv-decode-matrix-plan.ts";
-
-/** Sealed tokens of one split that suit the kernel: fixed positions of the sequence. */
-export const DECODE_MATRIX_SPLIT_TOKENS = 512;
+export type { DecodeMatrixTemplate } from "./kv-decode-matrix-plan.ts";
 
 /**
  * Query heads a KV head from which on matrices are taken. Packed multiply-adds take as long at 4 (measured), and twice as
@@ -58,11 +55,11 @@ export function decodeMatrixSupports(format: KvFormat, shape: KvShape, heads: nu
 /** Most query heads of a workgroup: each costs 16 registers of accumulators, outputs and q at 128 channels. */
 const MOST_QUERIES = 8;
 
-/** The tuning that was fastest on an NVIDIA H200 (docs/decode-attention-matrix.md). */
+/** Adds how queries are tiled: as equal as possible. */
 export function decodeMatrixTemplate(model: DecodeMatrixModel): DecodeMatrixTemplate {
   const gqa = model.heads / model.shape.kvHeads;
   const queries = Math.ceil(gqa / Math.ceil(gqa / MOST_QUERIES));
-  return { ...model, queries, keyChannels: 64, valueRounds: "pairs" };
+  return { ...model, queries };
 }
 
 /** Workgroups in y: query tiles of all KV heads. */
@@ -72,10 +69,9 @@ export function decodeMatrixTiles({ heads, shape, queries }: DecodeMatrixTemplat
 
 /** Where the lane stands: channels of the K meta, words of the V codes. */
 function lanePlaces(plan: Plan): string {
-  const { template, d, parts, metaLanes, codes } = plan;
+  const { template, parts, metaLanes, codes } = plan;
   const perWord = codesPerWord(template.format.keyBits);
   const metaPerWord = perWord / 4;
-  const words = d / codesPerWord(template.format.valueBits);
   return `  let metaLane = lane & ${metaLanes - 1}u; let quadOf = metaLane / ${parts}u;
   let place = metaLane & ${metaPerWord - 1}u;
   let upper = (place & ${metaPerWord / 2}u) != 0u;
@@ -83,15 +79,15 @@ function lanePlaces(plan: Plan): string {
   let channel = (metaLane / ${metaPerWord}u) * ${perWord}u + jCode;
   let jWord = ${metaPerWord === 4 ? "jCode" : "(metaLane & 2u) + jCode"};
   if (lane == 0u) { exceeded = 0u; }
-  ${template.valueRounds === "halves" ? `let quad = lane / ${words}u * ${words / 4}u;` : "let quad = lane >> 2u;"} let word = lane & 3u;
-  let valueAt = ${codes}u + ${valueLanePlace(plan)} + quad / 4u;`;
+  let quad = lane >> 2u; let word = lane & 3u;
+  let valueAt = ${codes}u + ${valueLanePlace(template.format.valueBits)} + quad / 4u;`;
 }
 
 function groups(plan: Plan): string {
   const { template } = plan;
   return `  ${keyVariables(plan)}
   ${valueVariables(plan)}
-  let placeFactor = ${placeFactor(plan)};
+  let placeFactor = ${placeFactor(template.format.valueBits)};
   ${keyNames(plan)
     .map((name) => `var n${name} = vec4u();`)
     .join(" ")} var nHead = 0u; var nGroup = 0u; ${template.format.rotated ? "var nNorm = 0u;" : ""}
