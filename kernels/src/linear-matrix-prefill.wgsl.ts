@@ -21,7 +21,7 @@ export interface MatrixTile {
   readonly subgroupsM: number;
   readonly subgroupsN: number;
   readonly tilesM: number;
-  /** A power of two, so that `silu-mul` can give half of them to gates. */
+  /** A power of two from 2: with `silu-mul` half of them are gates. */
   readonly tilesN: number;
 }
 
@@ -229,27 +229,35 @@ function walk(options: MatrixPrefillOptions, input: Staging, weights: Staging): 
   }`;
 }
 
-/**
- * Sums of 16 rows of every subgroup go through workgroup memory; `write` handles one cell of them, by the threads of the
- * first slice.
- */
-function strips(options: MatrixPrefillOptions, cells: number, write: (m: number) => string): string {
+/** What happens with 16 rows of every subgroup's sums once they lie in workgroup memory. */
+interface StripCells {
+  /** Cells of a strip: 32 at a time, one each for the threads of a subgroup of the first slice. */
+  readonly cells: number;
+  /** Statements that fetch what cell `cell` of strip `m` needs, ahead of time. */
+  fetch?(m: number, j: number, cell: string): string;
+  /** Statements that write the cell. */
+  write(m: number, j: number, cell: string): string;
+}
+
+/** Sums of 16 rows of every subgroup go through workgroup memory; what the next 16 need is fetched meanwhile. */
+function strips(options: MatrixPrefillOptions, { cells, fetch, write }: StripCells): string {
   const { tile, dialect, slices } = options;
   const { tilesM, tilesN } = tile;
+  const turns = range(cells / MATRIX_THREADS);
+  const cell = (j: number) => `(lane + ${j * MATRIX_THREADS}u)`;
+  const bySlice = (text: string) => (slices === 1 ? text : `if (slice == 0u) {\n  ${text}\n  }`);
+  const fetches = (m: number) =>
+    fetch === undefined || m >= tilesM ? "" : turns.map((j) => fetch(m, j, cell(j))).join("\n  ");
   const stores = (m: number) =>
     range(tilesN).map((n) =>
       dialect.storeVectors("staged", "vec4<u32>", `stripBase + ${n * 4}u`, `${tilesN * 4}u`, `c${m}_${n}`),
     );
-  return range(tilesM)
-    .map(
-      (m) => `workgroupBarrier();
+  const strip = (m: number) => `workgroupBarrier();
   ${stores(m).join(" ")}
+  ${fetches(m + 1)}
   workgroupBarrier();
-  for (var cell = lane; cell < ${slices === 1 ? `${cells}u` : `select(0u, ${cells}u, slice == 0u)`}; cell += ${MATRIX_THREADS}u) {
-    ${write(m)}
-  }`,
-    )
-    .join("\n  ");
+  ${bySlice(turns.map((j) => write(m, j, cell(j))).join("\n  "))}`;
+  return `${fetches(0)}\n  ${range(tilesM).map(strip).join("\n  ")}`;
 }
 
 /** vec4s of the strips of one slice. */
@@ -276,26 +284,43 @@ function storeSums(options: MatrixPrefillOptions): string {
     return `${begin}\n  ${stores.join("\n  ")}`;
   }
   const vectors = tile.tilesN * 4;
-  const write = (m: number) => `let row = tileRow + ${m * MATRIX_SIZE}u + cell / ${vectors}u;
-    let column = tileOutput + (cell % ${vectors}u) * 4u;
-    // What the tile before this one has added is not added again.
-    if (row >= ownRow && row < parameters.rows && column >= ownOutput && column < n) {
-      let at = first + (${m * MATRIX_SIZE}u + cell / ${vectors}u) * stride + cell % ${vectors}u;
-      output[at] = sumAt(stripBase + cell)${accumulate ? " + output[at]" : ""};
-    }`;
-  return `${begin}\n  ${strips(options, MATRIX_SIZE * vectors, write)}`;
+  const row = (m: number, cell: string) => `(${m * MATRIX_SIZE}u + ${cell} / ${vectors}u)`;
+  const column = (cell: string) => `(${cell} % ${vectors}u)`;
+  const at = (m: number, cell: string) => `first + ${row(m, cell)} * stride + ${column(cell)}`;
+  // What the tile before this one has added is not added again.
+  const own = (m: number, cell: string) =>
+    `${inRange("tileRow", row(m, cell), "ownRow", "parameters.rows", wholeRows)} && ${inRange("tileOutput", `${column(cell)} * 4u`, "ownOutput", "n", wholeOutputs)}`;
+  const before = (m: number, j: number) => `before${m}_${j}`;
+  const added: Pick<StripCells, "fetch"> = {
+    fetch: (m, j, cell) =>
+      `var ${before(m, j)} = vec4f(); if (${own(m, cell)}) { ${before(m, j)} = output[${at(m, cell)}]; }`,
+  };
+  return `${begin}\n  ${strips(options, {
+    cells: MATRIX_SIZE * vectors,
+    ...(accumulate ? added : {}),
+    write: (m, j, cell) =>
+      `if (${own(m, cell)}) { output[${at(m, cell)}] = sumAt(stripBase + ${cell})${accumulate ? ` + ${before(m, j)}` : ""}; }`,
+  })}`;
+}
+
+/** Condition that a line of the tile is the tile's own and inside the matrix. */
+function inRange(tileFirst: string, line: string, own: string, end: string, whole: boolean): string {
+  return whole ? `${tileFirst} + ${line} >= ${own}` : `${tileFirst} + ${line} < ${end}`;
 }
 
 /** Each strip holds 16 rows of gates and, beside them, of the same features' ups. */
 function storeGated(options: MatrixPrefillOptions): string {
   const { tilesN, subgroupsN } = options.tile;
-  const write = (m: number) => `let row = tileRow + ${m * MATRIX_SIZE}u + cell / ${tilesN}u;
-    let feature = firstOutput + (subgroup % ${subgroupsN}u) * ${tilesN * 8}u + (cell % ${tilesN}u) * 8u;
-    if (row < parameters.rows && feature < n / 2u) {
-      let at = stripBase + (cell / ${tilesN}u) * ${tilesN * 4}u + (cell % ${tilesN}u) * 2u;
-      output[row * (n / 16u) + feature / 8u] = vec4<u32>(gatedHalves(at), gatedHalves(at + 1u));
-    }`;
-  return strips(options, MATRIX_SIZE * tilesN, write);
+  const row = (m: number, cell: string) => `(tileRow + ${m * MATRIX_SIZE}u + ${cell} / ${tilesN}u)`;
+  const feature = (cell: string) =>
+    `(firstOutput + (subgroup % ${subgroupsN}u) * ${tilesN * 8}u + (${cell} % ${tilesN}u) * 8u)`;
+  const at = (cell: string) => `stripBase + (${cell} / ${tilesN}u) * ${tilesN * 4}u + (${cell} % ${tilesN}u) * 2u`;
+  return strips(options, {
+    cells: MATRIX_SIZE * tilesN,
+    write: (m, _, cell) => `if (${row(m, cell)} < parameters.rows && ${feature(cell)} < n / 2u) {
+    output[${row(m, cell)} * (n / 16u) + ${feature(cell)} / 8u] = vec4<u32>(gatedHalves(${at(cell)}), gatedHalves(${at(cell)} + 1u));
+  }`,
+  });
 }
 
 function gatedFunction(tile: MatrixTile, unit: MatrixWeightUnit): string {

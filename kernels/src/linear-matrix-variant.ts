@@ -36,7 +36,15 @@ function variantLabel({ weight, phase, epilogue = "none" }: LinearDescriptor, ro
   return `linear matrix ${phase} ${encoding.format} ${encoding.scales} ${encoding.group} ${columns} to ${n} ${epilogue} ${rows}x${outputs}`;
 }
 
-function tiledVariant(gpu: Gpu, descriptor: LinearDescriptor, tile: MatrixTile, wholeRows: boolean): LinearVariant {
+interface TileUse {
+  readonly tile: MatrixTile;
+  readonly wholeRows: boolean;
+  /** Columns of a step, where K allows. */
+  readonly depth: 32 | 64;
+}
+
+function tiledVariant(gpu: Gpu, descriptor: LinearDescriptor, use: TileUse): LinearVariant {
+  const { tile, wholeRows } = use;
   const { weight, phase, accumulate, epilogue = "none", dialect = "device" } = descriptor;
   const { encoding, rows: n, columns: k } = weight;
   const outputs = tileOutputs(tile);
@@ -46,7 +54,7 @@ function tiledVariant(gpu: Gpu, descriptor: LinearDescriptor, tile: MatrixTile, 
     tile,
     slices,
     // Two slices of 64 columns of a large tile are more than the memory of a workgroup.
-    depth: dialect === "device" && slices === 1 && k % 64 === 0 ? 64 : 32,
+    depth: dialect === "device" && slices === 1 && k % 64 === 0 ? use.depth : 32,
     epilogue,
     accumulate,
     wholeRows,
@@ -69,17 +77,39 @@ function largeRows({ weight }: LinearDescriptor, { large, enough }: TileTable): 
   return Math.max(tileRows(large), (needed - 1) * tileRows(large) + 1);
 }
 
+/** Rows from which f16 weights are staged in shorter steps: with many tiles two workgroups share a multiprocessor. */
+const MANY_ROWS = 1024;
+
 function prefillVariants(gpu: Gpu, descriptor: LinearDescriptor, tiles: TileTable): LinearVariants {
+  const { weight, maxRows } = descriptor;
   const rows = largeRows(descriptor, tiles);
-  const variants = [tiledVariant(gpu, descriptor, tiles.small, false)];
-  if (descriptor.maxRows >= rows) variants.push(tiledVariant(gpu, descriptor, tiles.large, true));
-  return { variants, choose: (count) => (count >= rows ? 1 : 0) };
+  const uses: { readonly from: number; readonly use: TileUse }[] = [
+    { from: 1, use: { tile: tiles.small, wholeRows: false, depth: 64 } },
+    { from: rows, use: { tile: tiles.large, wholeRows: true, depth: 64 } },
+  ];
+  if (weight.format === "f16") {
+    uses.push({ from: Math.max(rows, MANY_ROWS), use: { tile: tiles.large, wholeRows: true, depth: 32 } });
+  }
+  const needed = uses.filter(({ from }) => from <= maxRows);
+  return {
+    variants: needed.map(({ use }) => tiledVariant(gpu, descriptor, use)),
+    choose: (count) => needed.findLastIndex(({ from }) => from <= count),
+  };
+}
+
+/** Rows from which large tiles take decode: with fewer, decode's own tiles need fewer rounds of the GPU. */
+function manyRows(outputs: number): number {
+  if (outputs >= 16384) return 129;
+  return outputs >= 8192 ? 385 : 257;
 }
 
 function decodeVariants(gpu: Gpu, descriptor: LinearDescriptor, tiles: TileTable): LinearVariants {
-  const rows = largeRows(descriptor, tiles);
-  if (descriptor.maxRows < rows) return linearDecodeVariants(gpu, descriptor);
-  return linearDecodeVariants(gpu, descriptor, { rows, variant: tiledVariant(gpu, descriptor, tiles.large, true) });
+  const { weight, maxRows, dialect = "device" } = descriptor;
+  const least = dialect === "device" ? manyRows(weight.rows) : 1;
+  const rows = Math.max(least, largeRows(descriptor, tiles));
+  if (maxRows < rows) return linearDecodeVariants(gpu, descriptor);
+  const variant = tiledVariant(gpu, descriptor, { tile: tiles.large, wholeRows: true, depth: 32 });
+  return linearDecodeVariants(gpu, descriptor, { rows, variant });
 }
 
 function checkShape({ weight, accumulate, epilogue = "none" }: LinearDescriptor): void {
