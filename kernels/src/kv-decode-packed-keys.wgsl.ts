@@ -41,14 +41,14 @@ ${each(
   }
   const steps = range(flush).map((n) =>
     body(
-      `keyWords[w / 4u][w % 4u + ${n}u]`,
+      `keyWords[at / 4u][at % 4u + ${n}u]`,
       n === 0,
       n === flush - 1,
-      (r, c) => `${r * chunks + n * perWord + c}u + w * ${perWord}u`,
+      (r, c) => `${r * chunks + n * perWord + c}u + at * ${perWord}u`,
     ),
   );
   return `    var keyWords = array<vec4u, ${keyLoads}>(${each(keyLoads, (i) => `cKey${i}`, ", ")});
-    for (var w = 0u; w < ${keyLoads * 4}u * params.one; w += ${flush}u) {
+    for (var at = 0u; at < ${keyLoads * 4}u * params.one; at += ${flush}u) {
 ${steps.join("\n")}
     }`;
 }
