@@ -5,15 +5,10 @@ import type { GgmlType } from "./ggml-quants.ts";
 import { floatToHalf, halfToFloat } from "./half.ts";
 import { createKernel } from "./kernel.ts";
 import { linearReference } from "./linear.reference.ts";
-import {
-  linearMatrixPrefillWgsl,
-  type MatrixPrefillOptions,
-  type MatrixTile,
-  tileOutputs,
-  tileRows,
-} from "./linear-matrix-prefill.wgsl.ts";
+import { linearMatrixPrefillWgsl, type MatrixPrefillOptions } from "./linear-matrix-prefill.wgsl.ts";
 import { LINEAR_IMMEDIATE_BYTES } from "./linear-parameters.wgsl.ts";
 import { createLinearWeight, type LinearWeight } from "./linear-weight.ts";
+import { type MatrixTile, tileOutputs, tileRows } from "./matrix-tile.ts";
 import { matrixDialect } from "./subgroup-matrix.ts";
 import { assertClose, assertSameBits } from "./testing/comparison.ts";
 import { randomGgml } from "./testing/ggml-blocks.ts";

@@ -13,17 +13,9 @@
 import { PACK_HALVES_WGSL } from "./half-output.wgsl.ts";
 import { type MatrixWeightUnit, matrixWeightUnit } from "./linear-matrix-weights.wgsl.ts";
 import { LINEAR_PARAMETERS } from "./linear-parameters.wgsl.ts";
+import { type MatrixTile, tileOutputs, tileRows, tileThreads } from "./matrix-tile.ts";
 import { MATRIX_SIZE, MATRIX_THREADS, type MatrixDialect } from "./subgroup-matrix.ts";
 import type { WeightEncoding } from "./weight-encoding.ts";
-
-/** Shape of a workgroup's tile: subgroups, and 16 × 16 sums that each of them holds in registers. */
-export interface MatrixTile {
-  readonly subgroupsM: number;
-  readonly subgroupsN: number;
-  readonly tilesM: number;
-  /** A power of two from 2: with `silu-mul` half of them are gates. */
-  readonly tilesN: number;
-}
 
 export interface MatrixPrefillOptions {
   readonly encoding: WeightEncoding;
@@ -51,20 +43,6 @@ export interface MatrixPrefillOptions {
 
 function range(count: number): number[] {
   return Array.from({ length: count }, (_, index) => index);
-}
-
-/** Rows of a tile. */
-export function tileRows(tile: MatrixTile): number {
-  return tile.subgroupsM * tile.tilesM * MATRIX_SIZE;
-}
-
-/** Weight rows of a tile; with `silu-mul` half of them are gates. */
-export function tileOutputs(tile: MatrixTile): number {
-  return tile.subgroupsN * tile.tilesN * MATRIX_SIZE;
-}
-
-function tileThreads(tile: MatrixTile): number {
-  return tile.subgroupsM * tile.subgroupsN * MATRIX_THREADS;
 }
 
 /** Whether the second half may be 32 columns shorter: then it multiplies zeros at its end. */

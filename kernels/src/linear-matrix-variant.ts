@@ -5,8 +5,9 @@
 import type { Gpu } from "./device.ts";
 import type { LinearDescriptor } from "./linear.ts";
 import { linearDecodeVariants } from "./linear-decode-variant.ts";
-import { linearMatrixPrefillWgsl, type MatrixTile, tileOutputs, tileRows } from "./linear-matrix-prefill.wgsl.ts";
+import { linearMatrixPrefillWgsl } from "./linear-matrix-prefill.wgsl.ts";
 import type { LinearVariant, LinearVariants } from "./linear-variant.ts";
+import { type MatrixTile, tileOutputs, tileRows } from "./matrix-tile.ts";
 import { matrixDialect } from "./subgroup-matrix.ts";
 
 interface TileTable {
