@@ -14,226 +14,24 @@
 import { each, SENTINEL } from "./kv-attention-template.ts";
 import { kvPageLayout } from "./kv-layout.ts";
 import {
+  type PrefillMatrixContext as Context,
+  EMULATED_LOAD_VECTORS,
+  inPhase,
+  loadVectors,
+} from "./kv-prefill-matrix-context.ts";
+import {
   boardLength,
   channelAt,
   KEY_TILE,
-  type PrefillMatrixSizes,
   type PrefillMatrixTemplate,
   placeOf,
   prefillMatrixSizes,
 } from "./kv-prefill-matrix-plan.ts";
+import { logits, products } from "./kv-prefill-matrix-products.wgsl.ts";
 import { rotateRows } from "./kv-prefill-matrix-rotation.wgsl.ts";
+import { largest, rescue, weights } from "./kv-prefill-matrix-softmax.wgsl.ts";
 import { sealedKeys, sealedValues, stagingFunctions, windowRows } from "./kv-prefill-matrix-stage.wgsl.ts";
-import { type MatrixDialect, matrixDialect } from "./subgroup-matrix.ts";
-
-/** A logit may exceed its query's reference by this many powers of two: weights stay far below f16's 65504. */
-const HEADROOM = "8.0";
-
-interface Context {
-  readonly template: PrefillMatrixTemplate;
-  readonly s: PrefillMatrixSizes;
-  readonly dialect: MatrixDialect;
-  readonly registers: boolean;
-  /** What the text is for: sealed tokens, the window's, or (where the text is written once) either. */
-  readonly phase: "sealed" | "window" | "either";
-}
-
-/** Statements of one phase or the other, by the value `isSealed` where the text serves both. */
-function inPhase({ phase }: Context, sealed: string, window: string): string {
-  if (phase !== "either") return `{ ${phase === "sealed" ? sealed : window} }`;
-  return `if (isSealed) { ${sealed} } else { ${window} }`;
-}
-
-/** Statement: `sum` is read back from where `storeVectors` put it. */
-function loadVectors({ dialect, template }: Context, offset: string, stride: string, sum: string): string {
-  return template.dialect === "device"
-    ? dialect.load("board", offset, stride, sum)
-    : `${sum} = emulatedLoadVectors(${offset}, ${stride}, lane);`;
-}
-
-const EMULATED_LOAD_VECTORS = `
-fn emulatedLoadVectors(firstVector: u32, stride: u32, lane: u32) -> array<f32, 8> {
-  var values = array<f32, 8>();
-  let never = lane >> 8u;
-  for (var i = 0u; i < 8u + never; i++) {
-    let e = lane + 32u * i;
-    values[i] = board[firstVector + (e >> 4u) * stride + ((e & 15u) >> 2u)][e & 3u];
-  }
-  return values;
-}`;
-
-/** A loop over matrices: written out for devices, a loop where the compiler would drown in the text. */
-function loop({ template }: Context, name: string, count: number, body: (i: string) => string): string {
-  if (template.dialect === "device") return each(count, (i) => `{ ${body(`${i}u`)} }`, "\n    ");
-  return `for (var ${name} = 0u; ${name} < ${count}u * params.one; ${name}++) { ${body(name)} }`;
-}
-
-/** logits = queries * keys, into `board`. */
-function logits(context: Context): string {
-  const { s, dialect, template, registers } = context;
-  const { rowBlocks } = template.plan;
-  const product = (k: string) => {
-    const index = Number.parseInt(k, 10);
-    const lefts = each(
-      rowBlocks,
-      (r) =>
-        registers
-          ? ""
-          : dialect.loadLeft(`a${r}`, {
-              array: "queries",
-              offset: `(rowBase + ${16 * r}u) * ${s.rowVectors}u + ${k} * 2u`,
-              stride: `${s.rowVectors}u`,
-              major: "row",
-            }),
-      " ",
-    );
-    return `${lefts}
-    ${each(
-      s.keyBlocks,
-      (n) =>
-        `${dialect.loadRight(`b${n}`, {
-          array: "kv",
-          offset: `(columnGroup * ${s.keyBlocks}u + ${n}u) * ${16 * s.rowVectors}u + ${k} * 2u`,
-          stride: `${s.rowVectors}u`,
-          major: "column",
-        })} ${each(rowBlocks, (r) => dialect.multiplyAccumulate(`s${r}_${n}`, registers ? `q${r}_${index}` : `a${r}`, `b${n}`), " ")}`,
-      "\n    ",
-    )}`;
-  };
-  const pairs = (text: (r: number, n: number) => string) =>
-    each(rowBlocks, (r) => each(s.keyBlocks, (n) => text(r, n), " "), " ");
-  return `{
-    ${pairs((r, n) => `var s${r}_${n} = ${dialect.zero};`)}
-    ${loop(context, "k", s.d / 16, product)}
-    ${pairs((r, n) => dialect.storeVectors("board", "vec4f", `(rowBase + ${16 * r}u) * ${s.logitVectors}u + (columnGroup * ${s.keyBlocks}u + ${n}u) * 4u`, `${s.logitVectors}u`, `s${r}_${n}`))}
-  }`;
-}
-
-/** output += weights * values. */
-function products(context: Context): string {
-  const { s, dialect, template } = context;
-  const { rowBlocks } = template.plan;
-  return loop(
-    context,
-    "k",
-    KEY_TILE / 16,
-    (k) => `${each(
-      rowBlocks,
-      (r) =>
-        dialect.loadLeft(`a${r}`, {
-          array: "weights",
-          offset: `(rowBase + ${16 * r}u) * ${s.weightVectors}u + ${k} * 2u`,
-          stride: `${s.weightVectors}u`,
-          major: "row",
-        }),
-      " ",
-    )}
-    ${each(
-      s.channelBlocks,
-      (c) =>
-        `${dialect.loadRight(`b${c}`, {
-          array: "kv",
-          offset: `${KEY_TILE * s.rowVectors}u + ${k} * ${16 * s.rowVectors}u + (columnGroup * ${s.channelBlocks}u + ${c}u) * 2u`,
-          stride: `${s.rowVectors}u`,
-          major: "row",
-        })} ${each(rowBlocks, (r) => dialect.multiplyAccumulate(`o${r}_${c}`, `a${r}`, `b${c}`), " ")}`,
-      "\n    ",
-    )}`,
-  );
-}
-
-/** Statements that read logits `at` of the thread's query as `name`, and how a logit becomes a weight. */
-function readLogits(masked: boolean) {
-  return {
-    load: (name: string, at: string) =>
-      masked
-        ? `let seen${name} = vec4<u32>(firstToken + 4u * (${at})) + vec4<u32>(0u, 1u, 2u, 3u) <= vec4<u32>(see); let ${name} = select(vec4f(${SENTINEL}), board[logitRow + ${at}], seen${name});`
-        : `let ${name} = board[logitRow + ${at}];`,
-    weight: (name: string) => (masked ? `select(vec4f(0.0), exp2(${name} - top), seen${name})` : `exp2(${name} - top)`),
-  };
-}
-
-/** Statements: `best` becomes the largest of all logits of the thread's query. */
-function largest(context: Context, masked: boolean): string {
-  return `var most = vec4f(${SENTINEL});
-    ${loop(context, "j", KEY_TILE / 4, (j) => `${readLogits(masked).load("x", j)} most = max(most, x);`)}
-    let best = max(max(most.x, most.y), max(most.z, most.w));`;
-}
-
-/** Statements: the thread's part of its query's weights goes to `weights`, their sum to `total`; `most` is the largest logit. */
-function weigh(context: Context, masked: boolean): string {
-  const own = KEY_TILE / 4 / context.s.rowThreads;
-  const { load, weight } = readLogits(masked);
-  return `var most = vec4f(${SENTINEL}); var sum = 0.0;
-    ${loop(
-      context,
-      "j",
-      own / 2,
-      (j) => `let first = part * ${own}u + 2u * ${j};
-      ${load("x", "first")} ${load("y", "first + 1u")}
-      most = max(most, max(x, y));
-      let p = ${weight("x")}; let q = ${weight("y")};
-      sum += ((p.x + p.y) + (p.z + p.w)) + ((q.x + q.y) + (q.z + q.w));
-      weights[weightRow + part * ${own / 2}u + ${j}] = vec4<u32>(pack2x16float(p.xy), pack2x16float(p.zw), pack2x16float(q.xy), pack2x16float(q.zw));`,
-    )}
-    total = fma(before, factor, sum);`;
-}
-
-/** Weights against the query's reference `top`; asks for the slow path where a logit exceeds it by too much. */
-function weights(context: Context, masked: boolean): string {
-  return `let factor = 1.0;
-    ${weigh(context, masked)}
-    if (max(max(most.x, most.y), max(most.z, most.w)) > top + ${HEADROOM}) { kv[${context.s.d / 8}u].x = 1u; }`;
-}
-
-/**
- * The slow path of tile t - 1: queries whose logits exceed their reference take a new one; every query's output is scaled, by
- * 1 for the others, 32 channels at a time through `board`.
- */
-function rescue(context: Context): string {
-  const { s, dialect, template } = context;
-  const { rowBlocks, columnGroups } = template.plan;
-  const perRound = 2 / columnGroups;
-  const rounds = Math.ceil(s.channelBlocks / perRound);
-  const own = KEY_TILE / 4 / s.rowThreads;
-  const blocks = (round: number, text: (r: number, c: number, at: string) => string) =>
-    each(
-      rowBlocks,
-      (r) =>
-        each(
-          Math.min(perRound, s.channelBlocks - round * perRound),
-          (b) =>
-            text(
-              r,
-              round * perRound + b,
-              `(rowBase + ${16 * r}u) * ${s.logitVectors}u + (columnGroup * ${perRound}u + ${b}u) * 4u`,
-            ),
-          " ",
-        ),
-      " ",
-    );
-  return `if (thread == 0u) { kv[${s.d / 8}u].x = 0u; }
-    var factor = 1.0;
-    {
-    ${largest(context, true)}
-    if (best > top + ${HEADROOM}) {
-      factor = exp2(top - best);
-      top = best;
-      ${weigh(context, true)}
-    }
-    }
-    ${each(
-      rounds,
-      (round) => `workgroupBarrier();
-    ${blocks(round, (r, c, at) => dialect.storeVectors("board", "vec4f", at, `${s.logitVectors}u`, `o${r}_${c}`))}
-    workgroupBarrier();
-    ${each(own, (j) => `board[logitRow + part * ${own}u + ${j}u] *= factor;`, " ")}
-    workgroupBarrier();
-    ${blocks(round, (r, c, at) => loadVectors(context, at, `${s.logitVectors}u`, `o${r}_${c}`))}`,
-      "\n    ",
-    )}
-    workgroupBarrier();`;
-}
+import { matrixDialect } from "./subgroup-matrix.ts";
 
 /** Text: page of tile `index`, or of the last one. */
 function pageOf({ template }: Context, index: string): string {
