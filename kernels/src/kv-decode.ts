@@ -10,12 +10,6 @@ import { cachedKernel } from "./kernel-cache.ts";
 import { mergeAttentionWgsl, splitAttentionWgsl } from "./kv-attention.wgsl.ts";
 import { type AttentionTemplate, SPLIT_TOKENS } from "./kv-attention-template.ts";
 import { decodeHalfSupports, decodeHalfWgsl } from "./kv-decode-half.wgsl.ts";
-import {
-  decodeMatrixSupports,
-  decodeMatrixTemplate,
-  decodeMatrixTiles,
-  decodeMatrixWgsl,
-} from "./kv-decode-matrix.wgsl.ts";
 import { DECODE_MERGE_IMMEDIATES, decodeMergeSupports, decodeMergeWgsl } from "./kv-decode-merge.wgsl.ts";
 import { decodePackedWgsl } from "./kv-decode-packed.wgsl.ts";
 import { decodePackedSupports } from "./kv-decode-packed-plan.ts";
@@ -25,10 +19,9 @@ import type { DecodePlan } from "./kv-steps.ts";
 import { kvWriteWgsl, WRITE_THREADS } from "./kv-write.wgsl.ts";
 
 /**
- * `loops`: any device. `packed`: codes as pairs of f16, needs shader-f16. `matrix`: 8-bit matrices, for many query heads a
- * KV head. `half`: f16 pages.
+ * `loops`: any device. `packed`: codes as pairs of f16, needs shader-f16. `half`: f16 pages.
  */
-export type DecodeVariant = "loops" | "packed" | "matrix" | "half";
+export type DecodeVariant = "loops" | "packed" | "half";
 
 /** Buffers that decode attention shares with the rest of the KV kernels. */
 export interface DecodeTables {
@@ -101,35 +94,12 @@ export function hasSubgroupsOf32(gpu: Gpu): boolean {
   return gpu.features.subgroups && info.subgroupMinSize === 32 && info.subgroupMaxSize === 32;
 }
 
-/**
- * The variant for a device, format and shape. `matrix` is taken only where asked for: at 4 query heads a KV head it takes
- * as long as `packed`, and more have not been measured side by side.
- */
+/** The variant for a device, format and shape. */
 export function decodeVariant(gpu: Gpu, options: Pick<KvKernelOptions, "format" | "shape">): DecodeVariant {
   const { format, shape } = options;
   if (gpu.profile !== "hardware" || !hasSubgroupsOf32(gpu) || !decodeMergeSupports(shape)) return "loops";
   if (decodeHalfSupports(format, shape)) return "half";
   return gpu.features.shaderF16 && decodePackedSupports(format, shape) ? "packed" : "loops";
-}
-
-interface MatrixConfig {
-  readonly componentType: string;
-  readonly resultComponentType: string;
-  readonly M: number;
-  readonly N: number;
-  readonly K: number;
-}
-
-/** Whether subgroups multiply 16 × 32 by 32 × 8 matrices of signed and of unsigned bytes. */
-function hasByteMatrices(gpu: Gpu): boolean {
-  const info = gpu.device.adapterInfo as GPUAdapterInfo & { subgroupMatrixConfigs?: Iterable<MatrixConfig> };
-  const configs = [...(info.subgroupMatrixConfigs ?? [])];
-  const offers = (component: string, result: string) =>
-    configs.some(
-      ({ componentType, resultComponentType, M, N, K }) =>
-        componentType === component && resultComponentType === result && M === 16 && N === 8 && K === 32,
-    );
-  return gpu.features.subgroupMatrix && hasSubgroupsOf32(gpu) && offers("i8", "i32") && offers("u8", "u32");
 }
 
 interface Common {
@@ -164,49 +134,42 @@ export async function createDecodeAttention(
   return createFused(common, variant);
 }
 
-/** The split kernel's text, and its workgroups a KV head. */
-function splitText({ gpu, options, scale }: Common, variant: "packed" | "matrix" | "half") {
+async function createFused(common: Common, variant: "packed" | "half"): Promise<DecodeAttention> {
+  const { gpu, options, tables, scale } = common;
   const { format, shape, heads, maxPagesPerSequence: maxPages, ropeLayout, ropeDim = shape.headDim } = options;
-  const base = { format, shape, heads, maxPages, scale, ropeDim, ropeLayout };
+  const { numerics = "invariant", outputType = "f32", codeForm = "subnormal", maxPositions } = options;
+  const gqa = heads / shape.kvHeads;
   const exchange = hasSubgroupsOf32(gpu) ? "subgroup" : "memory";
-  if (variant === "matrix") {
-    const template = decodeMatrixTemplate({ ...base, dialect: hasByteMatrices(gpu) ? "device" : "emulated" });
-    return { code: decodeMatrixWgsl(template), tiles: decodeMatrixTiles(template) / shape.kvHeads };
-  }
-  const { queries, tiles } = queryTiles(heads / shape.kvHeads, splitQueries(shape.headDim));
-  if (variant === "half") return { code: decodeHalfWgsl({ ...base, exchange, queries }), tiles };
-  const { codeForm: form = "subnormal", unrolledDecode: unrolled = false } = options;
-  return { code: decodePackedWgsl({ ...base, exchange, queries, form, unrolled }), tiles };
-}
-
-function mergeText({ gpu, options, scale }: Common) {
-  const { format, shape, heads, ropeLayout, ropeDim = shape.headDim, outputType: output = "f32" } = options;
-  const { queries, tiles } = queryTiles(heads / shape.kvHeads, MERGE_QUERIES);
-  const exchange = hasSubgroupsOf32(gpu) ? ("subgroup" as const) : ("memory" as const);
-  const base = { shape, heads, scale, ropeDim, ropeLayout, exchange, queries, output };
-  return { code: decodeMergeWgsl({ ...base, rotated: format.rotated }), tiles };
-}
-
-async function createFused(common: Common, variant: "packed" | "matrix" | "half"): Promise<DecodeAttention> {
-  const { gpu, options, tables } = common;
-  const { format, shape, numerics = "invariant", maxPositions } = options;
-  const supports = { half: decodeHalfSupports, packed: decodePackedSupports, matrix: decodeMatrixSupports }[variant];
-  if (!supports(format, shape, options.heads)) {
+  const rope = { ropeDim, ropeLayout };
+  const split = queryTiles(gqa, splitQueries(shape.headDim));
+  const merge = queryTiles(gqa, MERGE_QUERIES);
+  const base = { ...rope, shape, heads, scale, exchange } as const;
+  if (!(variant === "half" ? decodeHalfSupports : decodePackedSupports)(format, shape)) {
     throw new RangeError(`decode variant ${variant} cannot hold ${format.name} with heads of ${shape.headDim}`);
   }
-  const split = splitText(common, variant);
-  const merge = mergeText(common);
+  const splitCode =
+    variant === "half"
+      ? decodeHalfWgsl({ ...base, format, maxPages, queries: split.queries })
+      : decodePackedWgsl({
+          ...base,
+          format,
+          maxPages,
+          queries: split.queries,
+          form: codeForm,
+          unrolled: options.unrolledDecode ?? false,
+        });
+  const mergeCode = decodeMergeWgsl({ ...base, rotated: format.rotated, queries: merge.queries, output: outputType });
   const label = `kv decode ${format.name} ${variant}`;
   const [splitKernel, mergeKernel] = await Promise.all([
     cachedKernel(gpu, {
       label: `${label} split`,
-      code: split.code,
+      code: splitCode,
       bindings: BINDINGS("rrrrwr"),
       immediateBytes: DECODE_SPLIT_IMMEDIATES * 4,
     }),
     cachedKernel(gpu, {
       label: `${label} merge`,
-      code: merge.code,
+      code: mergeCode,
       bindings: BINDINGS("rwrrwrw"),
       immediateBytes: DECODE_MERGE_IMMEDIATES * 4,
     }),
