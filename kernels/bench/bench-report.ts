@@ -1,5 +1,5 @@
 /** The bench's files: the rows as JSON, and a table of them in Markdown. */
-import type { BenchResult } from "./bench-result.ts";
+import { type BenchResult, isFailure } from "./bench-result.ts";
 import type { TimingPlan } from "./case-timing.ts";
 import type { DeviceRoofs } from "./device-roofs.ts";
 
@@ -37,6 +37,12 @@ function verdict({ floor, floorMet }: BenchResult): string {
   return floorMet === undefined ? floor : `${floor} ${floorMet ? "✓" : "✗ missed"}`;
 }
 
+function accuracy(result: BenchResult): string {
+  const { relativeError = Number.NaN, tolerance = Number.NaN } = result;
+  const error = relativeError.toExponential(1);
+  return isFailure(result) ? `**${error}, above ${tolerance.toExponential(1)}**` : error;
+}
+
 function row(result: BenchResult): string {
   const { kernel, shape, kvFormat, numerics, variant, ms, spread, roofShare, peerMs, ratio, relativeError } = result;
   const outcome =
@@ -54,7 +60,7 @@ function row(result: BenchResult): string {
     peerMs === undefined ? "" : microseconds(peerMs),
     ratio === undefined ? "" : `${ratio.toPrecision(3)} ×`,
     verdict(result),
-    relativeError === undefined ? "" : relativeError.toExponential(1),
+    relativeError === undefined ? "" : accuracy(result),
   ];
   return `| ${cells.join(" | ")} |`;
 }
