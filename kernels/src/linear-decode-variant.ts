@@ -41,7 +41,7 @@ function matrixTile(
 /**
  * Measured on an H200: docs/decode-linear.md. A multiprocessor holds some 55 KB of workgroup memory, so few rows take
  * small workgroups of which it holds several, and many rows take one large workgroup a multiprocessor. Loops without
- * barriers (`apart`) were 8 to 17 % faster for few rows; WGSL calls them a data race, so none is chosen.
+ * barriers were 8 to 17 % faster for few rows; WGSL calls them a data race, so none is chosen.
  */
 const WIDE_TILES: readonly BoundedTile[] = [
   { rowsUpTo: 16, tile: matrixTile(1, 2, 1, 1, 64) },

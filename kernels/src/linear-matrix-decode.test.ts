@@ -19,7 +19,6 @@ import { assertClose, assertSameBits } from "./testing/comparison.ts";
 import { randomGgml } from "./testing/ggml-blocks.ts";
 import { assertNoPoison, createPoisoned } from "./testing/poison.ts";
 import { type Random, seededRandom } from "./testing/random.ts";
-import { weightEncoding } from "./weight-encoding.ts";
 
 /** Weights are rounded to f16 (2⁻¹²), some scales too, and code · scale may be larger than the weight. */
 const TOLERANCE = 1e-6;
@@ -31,7 +30,7 @@ const WIDE: readonly MatrixDecodeTile[] = [
   { ...NARROW, tilesM: 2, ahead: 1 },
   { ...NARROW, subgroupsM: 2, depth: 64, ahead: 3 },
   { ...NARROW, subgroupsN: 2, depth: 128, ahead: 1 },
-  { ...NARROW, depth: 64, apart: true },
+  { ...NARROW, depth: 64 },
 ];
 
 function randomTile(random: Random): MatrixDecodeTile {
@@ -46,8 +45,7 @@ function randomTile(random: Random): MatrixDecodeTile {
   ] as const);
   // 128 columns of more lines would not fit the workgroup memory of software drivers.
   const depths = subgroupsM * tilesM + subgroupsN * tilesN < 4 ? ([32, 64, 128] as const) : ([32, 64] as const);
-  const apart = subgroupsM * subgroupsN === 1 && random.integer(0, 1) === 1;
-  return { subgroupsM, subgroupsN, tilesM, tilesN, depth: random.pick(depths), ahead: random.integer(1, 2), apart };
+  return { subgroupsM, subgroupsN, tilesM, tilesN, depth: random.pick(depths), ahead: random.integer(1, 2) };
 }
 
 function size(values: ArrayLike<number>): number {
@@ -186,14 +184,6 @@ describe("decode on matrices, written out", () => {
         }
       }
     }
-  });
-
-  test("subgroups that share lines cannot be apart", () => {
-    const tile = { ...NARROW, subgroupsN: 2, apart: true };
-    const encoding = weightEncoding("F16");
-    const dialect = matrixDialect("emulated");
-    const options = { encoding, tile, epilogue: "none", accumulate: false, dialect, shaderF16: false } as const;
-    expect(() => linearMatrixDecodeWgsl({ ...options, outputs: 32, columns: 64 })).toThrow(/cannot share lines/);
   });
 
   test("NaN and infinity stay in their row", async () => {

@@ -28,13 +28,6 @@ export interface MatrixDecodeTile {
   readonly depth: 32 | 64 | 128;
   /** Steps that are in flight. */
   readonly ahead: number;
-  /**
-   * The subgroup of each half stages for itself alone, and nothing waits for the other: a workgroup barrier would also
-   * wait for all that is in flight. Only for one subgroup a half (two would write the same lines), and only where the
-   * stores of a subgroup's threads come before its own next matrix loads, as on devices whose subgroups run in step; the
-   * start-up self-test checks it. Written out, barriers stay.
-   */
-  readonly apart?: boolean;
 }
 
 export interface MatrixDecodeOptions {
@@ -107,21 +100,20 @@ interface Staging {
 }
 
 /** How the pieces of `unit` columns of `lines` lines are shared out: a thread keeps its piece and strides over lines. */
-function assignment({ tile, columns }: MatrixDecodeOptions, lines: number, unit: number, base: string) {
+function assignment({ tile, columns }: MatrixDecodeOptions, lines: number, unit: number) {
   const pieces = tile.depth / unit;
-  const all = tile.apart ? pieces : pieces * HALVES;
-  const threads = tile.apart ? MATRIX_THREADS : threadsOf(tile);
-  const id = tile.apart ? "lane" : "thread";
+  const all = pieces * HALVES;
+  const threads = threadsOf(tile);
   if (threads % all !== 0) throw new RangeError(`${threads} threads for ${all} pieces of a line`);
   const stride = threads / all;
-  const half = tile.apart ? "half" : `(${id} % ${all}u / ${pieces}u)`;
-  const piece = `${id} % ${pieces}u`;
+  const half = `(thread % ${all}u / ${pieces}u)`;
+  const piece = `thread % ${pieces}u`;
   return {
     units: range(Math.ceil(lines / stride)),
-    line: (i: number) => `(${tile.apart ? `${base} + ` : ""}${id} / ${all}u + ${i * stride}u)`,
+    line: (i: number) => `(thread / ${all}u + ${i * stride}u)`,
     /** The i-th unit exists for every thread. */
     full: (i: number) => (i + 1) * stride <= lines,
-    live: (i: number) => `${id} / ${all}u + ${i * stride}u < ${lines}u`,
+    live: (i: number) => `thread / ${all}u + ${i * stride}u < ${lines}u`,
     /** Unit in the row's first step, from the row's start. */
     unit: `${half} * ${halfColumns(columns) / unit}u + ${piece}`,
     /** vec4 in the staged line. */
@@ -134,8 +126,8 @@ function assignment({ tile, columns }: MatrixDecodeOptions, lines: number, unit:
 
 function stageInput(options: MatrixDecodeOptions): Staging {
   const { tile, columns } = options;
-  const lines = tile.apart ? tile.tilesM * MATRIX_SIZE : decodeTileRows(tile);
-  const { units, line, full, live, unit, vector, inside } = assignment(options, lines, 8, "firstLineM");
+  const lines = decodeTileRows(tile);
+  const { units, line, full, live, unit, vector, inside } = assignment(options, lines, 8);
   const whole = wholeSteps(options);
   const guard = (i: number, text: string) => (full(i) ? text : `if (${live(i)}) { ${text} }`);
   return {
@@ -170,9 +162,9 @@ function weightRow({ tile, epilogue, outputs }: MatrixDecodeOptions, line: strin
 
 function stageWeights(options: MatrixDecodeOptions, weights: MatrixWeightUnit): Staging {
   const { tile, columns, outputs } = options;
-  const lines = tile.apart ? tile.tilesN * MATRIX_SIZE : decodeTileOutputs(tile);
+  const lines = decodeTileOutputs(tile);
   const rowUnits = columns / weights.columns;
-  const { units, line, full, live, unit, vector, inside } = assignment(options, lines, weights.columns, "firstLineN");
+  const { units, line, full, live, unit, vector, inside } = assignment(options, lines, weights.columns);
   const names = (set: number, i: number) => weights.fields.map((field) => `${field.name}${set}_${i}`);
   const whole = wholeSteps(options);
   const cut = !whole || outputs % decodeTileOutputs(tile) !== 0 || !units.every(full);
@@ -247,11 +239,10 @@ function walk(options: MatrixDecodeOptions, unit: MatrixWeightUnit): string {
   const turns = Math.ceil(steps / ahead);
   const fetch = (set: number, column: string) => `${weights.fetch(set, column)}
       ${input.fetch(set, column)}`;
-  const barrier = tile.apart && options.dialect.directives !== "" ? "" : "workgroupBarrier();";
-  const step = (set: number) => `${barrier}
+  const step = (set: number) => `workgroupBarrier();
       ${weights.store(set, `column + ${set * depth}u`)}
       ${input.store(set, `column + ${set * depth}u`)}
-      ${barrier}
+      workgroupBarrier();
       let next = min(column + ${(set + ahead) * depth}u, ${last}u);
       ${fetch(set, "next")}
       ${products(options)}`;
@@ -345,7 +336,6 @@ export function linearMatrixDecodeWgsl(options: MatrixDecodeOptions): string {
   const { encoding, tile, epilogue, dialect, shaderF16 } = options;
   const { subgroupsM, subgroupsN, tilesM, tilesN, depth } = tile;
   const gated = epilogue === "silu-mul";
-  if (tile.apart && subgroupsM * subgroupsN !== 1) throw new RangeError("subgroups apart cannot share lines");
   const unit = matrixWeightUnit(encoding, shaderF16);
   const plane = subgroupsM * subgroupsN;
   const lines = lineVectors(tile);
