@@ -37,6 +37,8 @@ export interface EngineOptions {
   readonly kvBytes?: number;
   readonly maxSequences?: number;
   readonly maxPrefillRows?: number;
+  readonly decodeStepsPerPrefill?: number;
+  readonly decodeStepsPerSubmit?: number;
   readonly maxContextTokens?: number;
   readonly blockTokens?: number;
   readonly residualTokens?: number;
@@ -51,6 +53,14 @@ function engineOptions(): Option[] {
     option("--kv-bytes <bytes>", "GPU memory for sealed KV blocks, such as 512MiB").argParser(bytes),
     option("--max-sequences <n>", "sequences that run at once").argParser(integer(1, 1024)),
     option("--max-prefill-rows <n>", "prompt tokens of one step").argParser(integer(1)),
+    option(
+      "--decode-steps-per-prefill <n>",
+      "decode steps between two prefill steps; 0: prompts first (default: 1 on a GPU, 4 on a software driver)",
+    ).argParser(integer(0)),
+    option(
+      "--decode-steps-per-submit <n>",
+      "most decode steps handed to the GPU at once (default: 8 on a GPU, 1 on a software driver)",
+    ).argParser(integer(1)),
     option("--max-context-tokens <n>", "longest sequence").argParser(integer(1)),
     option("--block-tokens <n>", "tokens of a KV block (default: 128)").argParser(integer(1)),
     option("--residual-tokens <n>", "newest tokens kept as f16 (default: 128)").argParser(integer(1)),
@@ -84,12 +94,15 @@ export async function modelConfig(
 /** The engine's configuration of those options; what was not given is left out. */
 export function engineConfig(options: EngineOptions): EngineConfig {
   const { kvFormat, kvBytes, maxSequences, maxPrefillRows, maxContextTokens } = options;
+  const { decodeStepsPerPrefill, decodeStepsPerSubmit } = options;
   const { blockTokens, residualTokens, numerics, gpuAdapter } = options;
   return {
     kvFormat,
     kvBytes,
     maxSequences,
     maxPrefillRows,
+    decodeStepsPerPrefill,
+    decodeStepsPerSubmit,
     maxContextTokens,
     blockTokens,
     residualTokens,
