@@ -1,20 +1,7 @@
 /** What the device can do at best: f32 multiply-adds from registers, and bytes read from storage. */
 import { createKernel, createStorage, type Gpu } from "../src/index.ts";
+import { MULTIPLY_ADD_CODE } from "./roof-kernels.wgsl.ts";
 import { timePass } from "./timing.ts";
-
-const FMA_CODE = `
-@group(0) @binding(0) var<storage, read_write> output: array<vec4f>;
-@compute @workgroup_size(64)
-fn main(@builtin(global_invocation_id) id: vec3u) {
-  var a = vec4f(f32(id.x)); var b = a + 1.0; var c = a + 2.0; var d = a + 3.0;
-  var e = a + 4.0; var f = a + 5.0; var g = a + 6.0; var h = a + 7.0;
-  let m = vec4f(0.999); let n = vec4f(0.001);
-  for (var i = 0u; i < 256u; i++) {
-    a = fma(a, m, n); b = fma(b, m, n); c = fma(c, m, n); d = fma(d, m, n);
-    e = fma(e, m, n); f = fma(f, m, n); g = fma(g, m, n); h = fma(h, m, n);
-  }
-  output[id.x] = a + b + c + d + e + f + g + h;
-}`;
 
 const READ_CODE = `
 @group(0) @binding(0) var<storage, read> input: array<vec4u>;
@@ -29,7 +16,7 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(num_workgroups) groups: ve
 /** GFLOP/s of f32 multiply-adds (two operations each) with nothing to load. */
 export async function multiplyAddRoof(gpu: Gpu): Promise<number> {
   const groups = gpu.profile === "software" ? 64 : 132 * 64;
-  const kernel = await createKernel(gpu, { label: "fma roof", code: FMA_CODE, bindings: ["read_write"] });
+  const kernel = await createKernel(gpu, { label: "fma roof", code: MULTIPLY_ADD_CODE, bindings: ["read_write"] });
   const bound = kernel.bind([createStorage(gpu, "out", groups * 64 * 16)]);
   const { best } = await timePass(gpu, (pass) => bound.encode(pass, undefined, [groups]), 10);
   return (groups * 64 * 256 * 8 * 4 * 2) / best / 1e3;
